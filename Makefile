@@ -1,0 +1,74 @@
+# Everything a newcomer types: `make run`, `make test`. `make` alone lists the rest.
+# The stamps in .venv remember what is installed, so a second call starts at once.
+
+PYTHON ?= python3
+# Options for installing torch. A machine without a GPU can save several GB where pip would take
+# the CUDA build: make run TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_OPTIONS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help run test test-all check bench clean
+
+help: ## show this list
+	@echo "linnet: train, load and run hybrid lightning-attention language models"
+	@echo
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
+		while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "  PYTHON=python3.12     which Python to use (3.11 or newer)"
+	@echo "  TORCH_OPTIONS=...     pip options for torch, such as --index-url"
+
+run: $(VENV)/run.stamp ## install linnet, then train a small model and report on it
+	$(BIN)/linnet train recipes/nano.toml
+
+test: $(VENV)/dev.stamp ## run the tests (under two minutes) with coverage
+	$(PYTEST) --cov=linnet --cov-report=term
+
+test-all: $(VENV)/dev.stamp ## run the slow tests as well
+	$(PYTEST) -m "slow or not slow" --cov=linnet --cov-report=term
+
+check: $(VENV)/dev.stamp ## check format, lint, types and spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/codespell
+
+bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results
+	$(BIN)/python benchmarks/bench_94m.py
+
+clean: ## delete .venv, caches and build output; runs/ stays
+	rm -rf $(VENV) build dist htmlcov .pytest_cache .ruff_cache .coverage
+	find linnet tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/python.stamp:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON) was not found; install Python 3.11 or newer, or pass PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "linnet needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Pass PYTHON=..."; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and pinned: left to the resolver, a newer build with other CUDA packages may win.
+$(VENV)/torch.stamp: constraints.txt | $(VENV)/python.stamp
+	@echo "Installing torch (a large download the first time)"
+	@$(PIP) install $(TORCH_OPTIONS) -c constraints.txt torch==2.13.0
+	@touch $@
+
+$(VENV)/run.stamp: $(PINS) $(VENV)/torch.stamp
+	@echo "Installing linnet"
+	@$(PIP) install -c constraints.txt -e '.[data,train]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(PINS) $(VENV)/torch.stamp
+	@echo "Installing linnet with the tools for development"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/run.stamp $@

@@ -1,0 +1,55 @@
+"""The `linnet` command: one verb per file, each with its parser and its work.
+
+Errors that linnet raises on purpose end as one line on standard error and exit code 1; a traceback
+appears only with `--debug`.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from linnet import __version__
+from linnet.cli import convert, generate, info, train
+from linnet.errors import LinnetError
+
+__all__ = ["build_parser", "main"]
+
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="linnet",
+        description="Hybrid lightning-attention mixture-of-experts language models.",
+        epilog="Example: linnet train recipes/nano.toml",
+    )
+    parser.add_argument("--version", action="version", version=f"linnet {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in (train, generate, info, convert):
+        verb.add_parser(verbs)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`linnet ... | head`); nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (LinnetError, ValueError, OSError) as error:
+        # ValueError: a wrong argument to an op or to sampling, worded for the caller.
+        if args.debug:
+            raise
+        print(f"linnet: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,124 @@
+"""`linnet train`: a recipe to a model, with its measurements, samples and report."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linnet.train import Trainer
+
+PROMPT_TOKENS = 128
+COMPLETION_TOKENS = 96
+
+
+def add_parser(verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "train",
+        help="train a model from a recipe",
+        description="Train the model of a TOML recipe, measure it on held-out text beside zlib and "
+        "xz, let it continue held-out documents, and write a report.",
+        epilog="Example: linnet train recipes/nano.toml --set train.total_tokens=200000",
+    )
+    parser.add_argument("recipe", help="TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a key, for example optim.learning_rate=1e-3; repeatable",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no printed recipe")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then report."""
+    from linnet.train import Recipe, Trainer, write_report
+
+    recipe = Recipe.from_file(args.recipe, args.set)
+    if not args.quiet:
+        _print_recipe(recipe.to_dict())
+    trainer = Trainer(recipe, resume=args.resume, show_progress=not args.quiet)
+    run_record = trainer.run()
+    run_record["samples"] = _samples(trainer, recipe.samples)
+    trainer.write_record(run_record)
+    report = write_report(recipe.folder)
+    _print_outcome(run_record)
+    print(f"\nmodel   {recipe.folder / 'model'}\nreport  {report}")
+    if not trainer.is_complete:
+        print(f"stopped early; go on with: linnet train {args.recipe} --resume")
+        return 130
+    return 0
+
+
+def _samples(trainer: "Trainer", count: int) -> list[dict[str, str]]:
+    """Let the model continue the first held-out documents that are long enough."""
+    from linnet.infer import generate
+
+    samples: list[dict[str, str]] = []
+    tokenizer = trainer.model.tokenizer
+    assert tokenizer is not None
+    trainer.model.eval()
+    for document in trainer.source.documents("held_out"):
+        if len(samples) == count:
+            break
+        ids = tokenizer.encode(document.text)
+        start = len(ids) // 3
+        prompt, truth = ids[start : start + PROMPT_TOKENS], ids[start + PROMPT_TOKENS :]
+        if len(truth) < COMPLETION_TOKENS:
+            continue
+        samples.append(
+            {
+                "name": document.name,
+                "prompt": tokenizer.decode(prompt),
+                "completion": generate(
+                    trainer.model,
+                    prompt,
+                    max_tokens=COMPLETION_TOKENS,
+                    temperature=0.5,
+                    top_p=0.95,
+                    seed=0,
+                ),
+                "truth": tokenizer.decode(truth[:COMPLETION_TOKENS]),
+            }
+        )
+    return samples
+
+
+def _print_recipe(recipe: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    for section, values in recipe.items():
+        if isinstance(values, dict):
+            console.print(f"[bold]{section}[/]", json.dumps(values, separators=(", ", "=")))
+        else:
+            console.print(f"[bold]{section}[/] = {values}")
+
+
+def _print_outcome(run_record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    console = Console()
+    for sample in run_record["samples"]:
+        text = f"[dim]{escape(sample['prompt'][-400:])}[/][bold]{escape(sample['completion'])}[/]"
+        console.print(
+            Panel(text, title=escape(sample["name"]), subtitle="bold: written by the model")
+        )
+    summary = run_record["summary"]
+    table = Table("held-out text", "bits per byte", title=f"{summary['held_out_bytes']:,} bytes")
+    table.add_row(run_record["name"], f"{summary['bits_per_byte']:.3f}", style="bold")
+    for name, bits in run_record["baselines"].items():
+        table.add_row(name, f"{bits:.3f}")
+    console.print(table)
+    console.print(
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_s']:.0f} tokens/s, MFU {summary['mfu']:.0%} of "
+        f"{summary['peak_tflops']:.2f} TFLOP/s",
+        highlight=False,
+    )

@@ -1,0 +1,156 @@
+"""Text from one model and one prompt: prefill in chunks, decode token by token, stream the text."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from linnet.infer.sampler import SamplingParams, sample
+from linnet.model.transformer import Model
+
+PREFILL_CHUNK = 2048
+"""Prompt tokens per forward pass, to bound memory on long prompts."""
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> str:
+    """Continue a prompt and return the new text.
+
+    Args:
+        model: with a tokenizer.
+        prompt: text, or token ids to be used as they are.
+        max_tokens: most tokens to add.
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters, see `SamplingParams`.
+        seed: same seed, same text.
+        stop: texts that end the completion; they are not part of it.
+
+    Raises:
+        ValueError: the model has no tokenizer, the prompt is empty, or a rule is out of range.
+    """
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+    )
+    return "".join(stream_text(model, prompt, params))
+
+
+def stream_text(model: Model, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[str]:
+    """Yield the completion piece by piece; the pieces joined are the text of `generate`.
+
+    A piece never ends inside a character, nor inside what may become a stop string.
+    """
+    tokenizer = _tokenizer(model)
+    decoder = tokenizer.stream()
+    gate = _StopGate(params.stop)
+    for token in stream_tokens(model, encode_prompt(model, prompt), params):
+        if piece := gate.push(decoder.push(token)):
+            yield piece
+        if gate.is_closed:
+            return
+    if piece := gate.push(decoder.finish()) + gate.finish():
+        yield piece
+
+
+@torch.inference_mode()
+def stream_tokens(
+    model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int = PREFILL_CHUNK
+) -> Iterator[int]:
+    """Yield the tokens after `prompt`, up to `max_tokens` or an end token, which is not yielded.
+
+    Args:
+        model: in eval mode.
+        prompt: ids, at least one.
+        params: the rules; `stop` is a matter of text and ignored here.
+        prefill_chunk: prompt tokens per forward pass; any value gives the same tokens.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no tokens; give at least one character")
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    end_ids = end_tokens(model)
+    cache = model.new_cache()
+    pending = torch.tensor([list(prompt)], device=model.device)
+    for _ in range(params.max_tokens):
+        for chunk in pending.split(prefill_chunk, 1):
+            logits = model(chunk, cache=cache, logits_to_keep=1)
+        token = sample(logits[0, -1].cpu(), params, generator)
+        if token in end_ids:
+            return
+        yield token
+        pending = torch.tensor([[token]], device=model.device)
+
+
+def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Return a prompt as ids; a text starts a document, as texts in training do."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    tokenizer = _tokenizer(model)
+    begin = tokenizer.begin_of_document_id
+    return ([] if begin is None else [begin]) + tokenizer.encode(prompt)
+
+
+def end_tokens(model: Model) -> frozenset[int]:
+    """Return the ids that end a completion, by the config and by the tokenizer."""
+    ids = {model.config.eos_token_id}
+    if model.tokenizer is not None:
+        ids |= {model.tokenizer.end_of_document_id, model.tokenizer.end_of_sentence_id}
+    return frozenset(token for token in ids if token is not None)
+
+
+def _tokenizer(model: Model):
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; put tokenizer.json into its folder")
+    return model.tokenizer
+
+
+class _StopGate:
+    """Hold back text that may be the start of a stop string, and close at a whole one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.is_closed = False
+
+    def push(self, text: str) -> str:
+        """Return what can be shown now."""
+        if self.is_closed:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.is_closed, self._held = True, ""
+            return text[: min(found)]
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return what was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_start(self, text: str) -> int:
+        """Return the length of the longest end of `text` that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

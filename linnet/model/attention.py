@@ -1,0 +1,93 @@
+"""The two attention sublayers (MiniMax-01, section 2.2; SPEC 1.1 and 2.1).
+
+Each holds its operator in `attend`, which `linnet.parallel` replaces from outside.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet.model.cache import Cache
+from linnet.model.config import ModelConfig
+from linnet.model.decay import layer_slopes
+from linnet.model.layers import Linear, RMSNorm
+from linnet.ops import apply_rotary, lightning_attention, softmax_attention
+
+
+class Context(NamedTuple):
+    """What the sublayers of one forward pass share."""
+
+    rotary: tuple[Tensor, Tensor]
+    """cos, sin of the positions, each [1, T, rotary_dim / 2] fp32."""
+    cache: Cache | None
+    cu_seqlens: Tensor | None
+
+
+class LightningAttention(nn.Module):
+    """silu(q, k, v) -> lightning attention -> RMSNorm over all heads -> sigmoid gate -> projection.
+
+    The rows of `qkv_proj` are interleaved by head: [q_h, k_h, v_h] for h = 0, 1, ... No positions,
+    no scale; the slopes are a buffer that no checkpoint holds.
+    """
+
+    decay: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        inner = config.inner_size
+        self.qkv_proj = Linear(config.hidden_size, 3 * inner)
+        self.output_gate = Linear(config.hidden_size, inner)
+        self.norm = RMSNorm(inner, config.lightning_norm_eps)
+        self.out_proj = Linear(inner, config.hidden_size)
+        slopes = layer_slopes(layer, config.num_hidden_layers, self.num_heads, config.slope_rule)
+        self.register_buffer("decay", slopes, persistent=False)
+        self.attend = lightning_attention
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
+        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        q, k, v = qkv.split(self.head_dim, -1)  # [B, T, H, K] each
+        cache = context.cache
+        o, state = self.attend(
+            q,
+            k,
+            v,
+            self.decay,
+            initial_state=None if cache is None else cache.state(self.layer),
+            cu_seqlens=context.cu_seqlens,
+            return_state=cache is not None,
+        )
+        if cache is not None:
+            assert state is not None
+            cache.set_state(self.layer, state)
+        o = self.norm(o.flatten(-2))
+        return self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
+
+
+class SoftmaxAttention(nn.Module):
+    """Grouped-query causal attention with partial rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.inner_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.inner_size, config.hidden_size)
+        self.attend = softmax_attention
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # [B, T, H or G, K]
+        q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        o = self.attend(q, k, v, cu_seqlens=context.cu_seqlens)
+        return self.o_proj(o.flatten(-2))

@@ -1,0 +1,73 @@
+"""Initial weights: Xavier with DeepNorm gains (MiniMax-01, section 2.1; DeepNet).
+
+The paper's beta = (8 L)^(-1/4) is the gain of the feed-forward, value and output projections; query
+and key projections have gain 1. Embedding and LM head are normal with `initializer_range`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from linnet.model.attention import LightningAttention
+from linnet.model.transformer import Block, Model
+
+
+@torch.no_grad()
+def initialize(model: Model, generator: torch.Generator | None = None) -> Model:
+    """Fill all parameters in place and return the model.
+
+    Args:
+        model: on a real device.
+        generator: source of randomness, on the model's device; torch's global one if None.
+    """
+    config = model.config
+    gain = (8 * config.num_hidden_layers) ** -0.25 if config.postnorm else 1.0
+    std = config.initializer_range
+    model.embed_tokens.weight.normal_(0, std, generator=generator)
+    model.lm_head.weight.normal_(0, std, generator=generator)
+    model.norm.weight.fill_(1)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        _initialize_block(block, gain, generator)
+    return model
+
+
+def _initialize_block(block: Block, gain: float, generator: torch.Generator | None) -> None:
+    block.input_layernorm.weight.fill_(1)
+    block.post_attention_layernorm.weight.fill_(1)
+    attention = block.self_attn
+    if isinstance(attention, LightningAttention):
+        attention.norm.weight.fill_(1)
+        by_head = attention.qkv_proj.weight.unflatten(0, (attention.num_heads, 3, -1))
+        inner = attention.num_heads * attention.head_dim
+        for part, part_gain in enumerate((1.0, 1.0, gain)):
+            _xavier(by_head[:, part], by_head.shape[-1], inner, part_gain, generator)
+        _xavier_(attention.output_gate.weight, 1.0, generator)
+        _xavier_(attention.out_proj.weight, gain, generator)
+    else:
+        _xavier_(attention.q_proj.weight, 1.0, generator)
+        _xavier_(attention.k_proj.weight, 1.0, generator)
+        _xavier_(attention.v_proj.weight, gain, generator)
+        _xavier_(attention.o_proj.weight, gain, generator)
+    moe = block.block_sparse_moe
+    _xavier_(moe.gate.weight, 1.0, generator)
+    # fan_out of W1 and W3 is F each, though they are stored as one [2F, D] matrix.
+    width, hidden = moe.experts.down.shape[2], moe.experts.down.shape[1]
+    _xavier(moe.experts.gate_up, hidden, width, gain, generator)
+    _xavier(moe.experts.down, width, hidden, gain, generator)
+    if block.shared_mlp is not None and block.coefficient is not None:
+        for linear in (block.shared_mlp.gate_proj, block.shared_mlp.up_proj):
+            _xavier_(linear.weight, gain, generator)
+        _xavier_(block.shared_mlp.down_proj.weight, gain, generator)
+        _xavier_(block.coefficient.weight, 1.0, generator)
+
+
+def _xavier_(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
+    _xavier(weight, weight.shape[1], weight.shape[0], gain, generator)
+
+
+def _xavier(
+    weight: Tensor, fan_in: int, fan_out: int, gain: float, generator: torch.Generator | None
+) -> None:
+    weight.normal_(0, gain * math.sqrt(2 / (fan_in + fan_out)), generator=generator)

@@ -1,0 +1,111 @@
+"""The mixture-of-experts sublayer (MiniMax-01, section 2.1), with the optional shared expert.
+
+`dispatch` moves tokens to the experts and back; `linnet.parallel` replaces it from outside.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet import ops
+from linnet.model.config import ModelConfig
+from linnet.model.layers import Linear
+from linnet.ops.moe import Routing
+
+ExpertProducts = Callable[[Tensor, Tensor], Tensor]
+"""Maps rows [R, D] sorted by expert and offsets [E + 1] to [R, D]."""
+
+
+class RouterStats(NamedTuple):
+    """What one layer's router did with the tokens of one forward pass."""
+
+    load: Tensor
+    """[E] fp32 slots per token that each expert was asked for; sums to top-k."""
+    probability: Tensor
+    """[E] fp32 mean routing probability; carries the gradient of the balancing loss."""
+    dropped: Tensor
+    """Scalar int64: slots over capacity."""
+    entropy: Tensor
+    """Scalar fp32, nats: mean entropy of the routing probabilities of a token."""
+
+    @classmethod
+    def of(cls, routing: Routing) -> "RouterStats":
+        """Summarize a routing."""
+        load, probability = ops.expert_means(routing)
+        p = routing.probabilities.detach()
+        entropy = -torch.xlogy(p, p).sum(-1).mean() if len(p) else p.new_zeros(())
+        kept = routing.kept
+        dropped = load.new_zeros((), dtype=torch.int64) if kept is None else (~kept).sum()
+        return cls(load, probability, dropped, entropy)
+
+
+def dispatch_locally(
+    x: Tensor, routing: Routing, num_experts: int, experts: ExpertProducts
+) -> Tensor:
+    """Sort tokens [T, D] by expert, apply `experts` to the rows, and add up the weighted results."""
+    grouping = ops.group_by_expert(routing, num_experts)
+    rows = ops.gather_rows(x, grouping, routing.experts.shape[1])
+    return ops.combine_rows(experts(rows, grouping.offsets), grouping, routing.weights)
+
+
+class Experts(nn.Module):
+    """The weights of all experts: w1 and w3 stacked in `gate_up` [E, 2F, D], w2 in `down` [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num, hidden, width = (
+            config.num_local_experts,
+            config.hidden_size,
+            config.intermediate_size,
+        )
+        self.gate_up = nn.Parameter(torch.empty(num, 2 * width, hidden))
+        self.down = nn.Parameter(torch.empty(num, hidden, width))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Apply each expert to its rows; see `linnet.ops.grouped_ffn`."""
+        return ops.grouped_ffn(rows, self.gate_up, self.down, offsets)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts. The router runs in fp32 and, with a capacity, drops slots in training."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_local_experts
+        self.capacity_factor = config.capacity_factor
+        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        self.experts = Experts(config)
+        self.dispatch = dispatch_locally
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
+        """Map x [B, T, D] to [B, T, D]; statistics are gathered in training mode only."""
+        tokens = x.flatten(0, -2)
+        # fp32: with bf16 logits, ties and near-ties choose other experts than in inference.
+        wide = tokens if tokens.dtype == torch.float64 else tokens.float()
+        routing = ops.route(self.gate(wide), self.top_k, self._capacity(len(tokens)))
+        y = self.dispatch(tokens, routing, self.num_experts, self.experts)
+        return y.view_as(x), RouterStats.of(routing) if self.training else None
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Return the capacity in training; inference never drops a token."""
+        if self.capacity_factor is None or not self.training:
+            return None
+        return ops.expert_capacity(num_tokens, self.num_experts, self.top_k, self.capacity_factor)
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU feed-forward that every token passes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.shared_intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.shared_intermediate_size)
+        self.down_proj = Linear(config.shared_intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

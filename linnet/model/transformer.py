@@ -1,0 +1,201 @@
+"""The model: embedding, hybrid blocks, final norm, fp32 LM head (MiniMax-01, section 2).
+
+Block wiring as published (SPEC 2.2). With postnorm the residual is the *normed* input, which is
+DeepNorm written with the norm at the start of the next sublayer:
+
+    h = norm(x);  x = alpha h + beta f(h)
+
+and with postnorm=false the raw one: x = alpha x + beta f(norm(x)).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from linnet.model.attention import Context, LightningAttention, SoftmaxAttention
+from linnet.model.cache import Cache
+from linnet.model.config import SOFTMAX, ModelConfig
+from linnet.model.layers import Linear, RMSNorm
+from linnet.model.moe import MixtureOfExperts, RouterStats, SharedExpert
+from linnet.ops import lm_head, rotary_tables
+
+if TYPE_CHECKING:
+    from linnet.text import Tokenizer
+
+
+class Block(nn.Module):
+    """One layer: attention, then experts, each with its norm and residual factors."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        kind = config.attn_type_list[layer]
+        self.self_attn = (SoftmaxAttention if kind == SOFTMAX else LightningAttention)(
+            config, layer
+        )
+        self.block_sparse_moe = MixtureOfExperts(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.shared_mlp = self.coefficient = None
+        if config.shared_intermediate_size:
+            self.shared_mlp = SharedExpert(config)
+            self.coefficient = Linear(config.hidden_size, 1)
+        self.postnorm = config.postnorm
+        self.attention_factors = config.residual_factors(layer)
+        self.mlp_factors = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
+        """Map x [B, T, D] to [B, T, D] and the router's statistics."""
+        normed = self.input_layernorm(x)
+        residual = normed if self.postnorm else x
+        x = _residual_sum(residual, self.self_attn(normed, context), self.attention_factors)
+        normed = self.post_attention_layernorm(x)
+        residual = normed if self.postnorm else x
+        y, stats = self._feed_forward(normed)
+        return _residual_sum(residual, y, self.mlp_factors), stats
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
+        y, stats = self.block_sparse_moe(x)
+        if self.shared_mlp is not None and self.coefficient is not None:
+            # fp32, as in the published code: y (1 - c) + shared c.
+            c = torch.sigmoid(self.coefficient(x.float()))
+            y = torch.lerp(y.float(), self.shared_mlp(x).float(), c).to(x.dtype)
+        return y, stats
+
+
+def _residual_sum(residual: Tensor, y: Tensor, factors: tuple[float, float]) -> Tensor:
+    alpha, beta = factors
+    return torch.add(y if beta == 1.0 else y * beta, residual, alpha=alpha)
+
+
+class Model(nn.Module):
+    """A hybrid lightning-attention mixture-of-experts language model.
+
+    Args:
+        config: its shape.
+        compute_dtype: dtype of the activations; parameters of another dtype are cast where they
+            are used. Router, states, softmax statistics and LM head are fp32 whatever this says.
+    """
+
+    tokenizer: "Tokenizer | None"
+    """The tokenizer that came with the checkpoint, if any."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.activation_recompute = False
+        self.tokenizer = None
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """Return next-token logits.
+
+        Args:
+            tokens: [B, T] int64 ids.
+            cache: from `new_cache`; the tokens continue it, in chunks of any size.
+            cu_seqlens: [N + 1] integer offsets of documents packed along T (B = 1, no cache).
+            logits_to_keep: only the last that many positions; all if None.
+
+        Returns:
+            [B, T or logits_to_keep, vocab] fp32.
+
+        Raises:
+            ValueError: arguments that do not fit together, or ids outside the vocabulary.
+        """
+        hidden, _ = self.hidden_states(tokens, cache, cu_seqlens)
+        if logits_to_keep is not None:
+            hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
+        return lm_head(hidden, self.lm_head.weight)
+
+    def hidden_states(
+        self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Return the normed hidden states [B, T, D] that the LM head reads.
+
+        Arguments as in `forward`. In training mode also returns the router statistics per layer.
+        """
+        self._check(tokens, cache, cu_seqlens)
+        x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
+        context = Context(rotary, cache, cu_seqlens)
+        all_stats = []
+        for layer in self.layers:
+            if self.activation_recompute and self.training:
+                x, stats = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x, stats = layer(x, context)
+            if stats is not None:
+                all_stats.append(stats)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x), all_stats
+
+    def new_cache(self, batch_size: int = 1) -> Cache:
+        """Return an empty cache for `batch_size` sequences that advance together."""
+        return Cache(self.config.num_hidden_layers, batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.embed_tokens.weight.device
+
+    def save(self, folder, dialect="linnet", overwrite: bool = False) -> None:
+        """Write the model as a checkpoint folder; see `linnet.model.weights.save_model`."""
+        from linnet.model.weights import save_model
+
+        save_model(self, folder, dialect, overwrite)
+
+    def _check(self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be [B, T] int64; got {tuple(tokens.shape)} {tokens.dtype}"
+            )
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("a cache continues whole rows; it cannot be combined with cu_seqlens")
+        if cache is not None and cache.batch_size != tokens.shape[0]:
+            raise ValueError(
+                f"the cache holds {cache.batch_size} sequences; got {tokens.shape[0]} rows of tokens"
+            )
+        if cu_seqlens is not None:
+            _check_offsets(cu_seqlens, tokens)
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} outside the vocabulary of "
+                    f"{self.config.vocab_size}; does the tokenizer belong to this model?"
+                )
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    bounds = cu_seqlens.tolist()
+    if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1]:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to T = {tokens.shape[1]} with B = 1; "
+            f"got {bounds[0]} to {bounds[-1]} with B = {tokens.shape[0]}"
+        )
+    if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError("cu_seqlens must not decrease")
+
+
+def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return positions [1, T], counted from the start of each document."""
+    positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.to(positions.dtype)
+        positions = positions - offsets[:-1].repeat_interleave(offsets.diff())
+    return positions[None]

@@ -1,0 +1,77 @@
+"""In which dtype a product runs, and a linear map that keeps its parameters in their own dtype.
+
+bf16 products are fast where the hardware multiplies bf16 (AMX, AVX-512-BF16, GPUs) and several times
+slower than fp32 where it does not, because they are emulated. So the operands of a bf16 product are
+widened to fp32 on such machines: the result is rounded once instead of at every partial sum.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.cache
+def cpu_has_native_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 in hardware (AMX or AVX-512-BF16)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    # torch 2.11 has no public query.
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which to multiply tensors of `dtype` on `device`."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if is_half and device.type == "cpu" and not (dtype == torch.bfloat16 and cpu_has_native_bf16()):
+        return torch.float32
+    return dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` in the dtype of `x`, whatever the dtype of the weight.
+
+    With fp32 master weights and bf16 activations the weight is rounded to bf16 for the product and
+    its gradient comes back in fp32; neither copy is kept for the backward pass.
+
+    Args:
+        x: [..., D] activations.
+        weight: [N, D] parameter.
+
+    Returns:
+        [..., N] in `x.dtype`.
+    """
+    dtype = product_dtype(x.dtype, x.device)
+    if x.dtype == weight.dtype == dtype:
+        return F.linear(x, weight)
+    if dtype != x.dtype and x.shape[:-1].numel() <= 4 and x.dtype == weight.dtype:
+        # A few rows are bound by reading the weight: widening a copy of it would double the traffic.
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Linear.apply(x, weight, dtype)
+    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` whose casts are redone in the backward pass instead of stored."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dtype = dtype
+        return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dtype = ctx.dtype
+        wide = grad.to(dtype)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (wide @ weight.to(x.dtype).to(dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = wide.reshape(-1, wide.shape[-1])
+            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(dtype)).to(weight.dtype)
+        return grad_x, grad_weight, None

@@ -1,0 +1,50 @@
+"""Partial rotary position embedding (MiniMax-01, section 2: RoPE on half of each head).
+
+The first `rotary_dim` of the K channels turn, in the NeoX pairing (channel i with i + rotary_dim/2);
+the others carry no position.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of the given positions.
+
+    Args:
+        positions: [...] integer positions, in tokens.
+        rotary_dim: number of channels that turn; even.
+        theta: base of the geometric frequencies.
+
+    Returns:
+        cos, sin: [..., rotary_dim / 2] fp32.
+    """
+    # fp32: bf16 cannot tell neighboring positions apart beyond 256.
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
+    inverse_frequency = 1.0 / (theta ** (exponent / rotary_dim))
+    angles = positions[..., None].float() * inverse_frequency
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first `2 * cos.shape[-1]` channels of each head.
+
+    Args:
+        x: [B, T, H, K] queries or keys.
+        cos, sin: [B or 1, T, rotary_dim / 2] from `rotary_tables`.
+
+    Returns:
+        [B, T, H, K] in `x.dtype`.
+
+    Raises:
+        ValueError: the tables turn more channels than a head has.
+    """
+    half = cos.shape[-1]
+    if 2 * half > x.shape[-1]:
+        raise ValueError(f"rotary_dim {2 * half} exceeds the head dim {x.shape[-1]}")
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [B, T, 1, rotary_dim / 2]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    if 2 * half == x.shape[-1]:
+        return turned
+    return torch.cat((turned, x[..., 2 * half :]), -1)
