@@ -2,8 +2,8 @@
 # The stamps in .venv remember what is installed, so a second call starts at once.
 
 PYTHON ?= python3
-# Options for installing torch. A machine without a GPU can save several GB where pip would take
-# the CUDA build: make run TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+# Options for installing torch, such as an index that holds CPU builds, where pip would otherwise
+# take one with CUDA packages of several GB: make run TORCH_OPTIONS="--index-url ..."
 TORCH_OPTIONS ?=
 
 VENV := .venv
@@ -27,7 +27,7 @@ help: ## show this list
 	@echo "  TORCH_OPTIONS=...     pip options for torch, such as --index-url"
 
 run: $(VENV)/run.stamp ## install linnet, then train a small model and report on it
-	$(BIN)/linnet train recipes/nano.toml
+	$(BIN)/linnet train recipes/nano.toml --resume
 
 test: $(VENV)/dev.stamp ## run the tests (under two minutes) with coverage
 	$(PYTEST) --cov=linnet --cov-report=term

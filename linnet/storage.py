@@ -1,10 +1,11 @@
 """Files and folders that appear whole or not at all, whenever the process or the disk gives up."""
 
+import ctypes
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from linnet.errors import CheckpointError
@@ -28,18 +29,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder to fill; on success it becomes `target`, on failure it vanishes.
 
+    Args:
+        target: where the folder goes; where it points, if it is a link.
+        overwrite: whether a folder that is there may be replaced, with all that it holds.
+
     Raises:
-        CheckpointError: `target` exists and `overwrite` is not set, or the disk refuses.
+        CheckpointError: `target` exists and may not be replaced, or the disk refuses.
     """
-    target = target.absolute()
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; choose another name for the folder")
+    if target.exists() and not overwrite and any(target.iterdir()):
         raise CheckpointError(f"{target} exists; choose another name or ask to overwrite it")
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -57,19 +65,30 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
-    previous = None
-    if target.exists():
-        previous = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-        target.rename(previous)
-    try:
+    """Make `staging` the folder `target`; what was there is left in `staging` or deleted."""
+    if not target.exists():
         staging.rename(target)
-    except OSError:
-        if previous is not None:
+    elif not _exchange(staging, target):
+        # In two steps: a kill between them leaves the old folder under its `.old` name.
+        previous = staging.with_suffix(".old")
+        target.rename(previous)
+        try:
+            staging.rename(target)
+        except OSError:
             previous.rename(target)
-        raise
-    _sync_folder(target.parent)
-    if previous is not None:
+            raise
         shutil.rmtree(previous, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, where system and file system can; return whether they did."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    if rename is None:
+        return False
+    working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    paths = working_folder, os.fsencode(one), working_folder, os.fsencode(other)
+    return rename(*paths, exchange) == 0
 
 
 def _sync(path: Path) -> None:

@@ -31,6 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in (train, generate, info, convert):
         verb.add_parser(verbs)
+    for verb_parser in verbs.choices.values():
+        # Also after the verb, where one adds it to a command that failed.
+        verb_parser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
 
 
@@ -51,5 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # ValueError: a wrong argument to an op or to sampling, worded for the caller.
         if args.debug:
             raise
-        print(f"linnet: error: {error}", file=sys.stderr)
+        print("linnet: error:", " ".join(str(error).split()), file=sys.stderr)
         return 1

@@ -22,9 +22,9 @@ def add_parser(verbs) -> None:
     )
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float32", "float16"),
-        help="of the weights; routers stay fp32 except for transformers (default: %(default)s)",
+        default="auto",
+        choices=("auto", "bfloat16", "float32", "float16"),
+        help="of the weights, except routers, which stay fp32 (default: as they are)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     parser.set_defaults(run=run)
@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(args.source, dtype=args.dtype)
     model.save(args.target, dialect=args.dialect, overwrite=args.overwrite)
-    print(f"wrote {args.target} ({args.dialect}, {args.dtype})")
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(f"wrote {args.target} ({args.dialect}, {dtype})")
     return 0

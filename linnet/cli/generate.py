@@ -21,7 +21,12 @@ def add_parser(verbs) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, help="same seed, same text")
     parser.add_argument("--stop", action="append", default=[], help="text that ends it; repeatable")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="to compute in; auto is bfloat16 where this CPU multiplies it in hardware",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
-    dtype = compute_dtype("auto") if args.dtype == "auto" else args.dtype
-    model = load_model(args.model, dtype=dtype)
+    model = load_model(args.model, dtype=compute_dtype(args.dtype))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    pieces = stream_text(model, prompt, params)
     sys.stdout.write(prompt)
-    for piece in stream_text(model, prompt, params):
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 DEFAULT_LENGTHS = (1024, 8192, 32_768, 131_072, 1_048_576)
 FIGURE_LENGTHS = (8, 16, 32, 40, 64, 80, 96, 100, 128)
@@ -37,12 +36,10 @@ def add_parser(verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures."""
-    from linnet.model.config import ModelConfig
     from linnet.model.cost import cost_of, decode_flops, forward_flops, training_flops
-    from linnet.model.presets import preset
+    from linnet.model.presets import config_of
 
-    folder = Path(args.model)
-    config = ModelConfig.from_folder(folder) if folder.is_dir() else preset(args.model)
+    config = config_of(args.model)
     values = {
         "model": args.model,
         **dataclasses.asdict(cost_of(config)),

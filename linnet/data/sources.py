@@ -6,6 +6,7 @@ text, so a file keeps its side when it moves, and a copy can never be on both.
 
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import sysconfig
@@ -20,6 +21,9 @@ from linnet.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "held_out"]
+SMALL_CORPUS = 64
+"""Documents below which the held-out part is chosen by count, not by a threshold of the hash."""
+
 SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "site-packages"})
 
 
@@ -60,23 +64,21 @@ class Source:
         """
         if split not in ("train", "held_out"):
             raise ConfigError(f"split is {split!r}; expected 'train' or 'held_out'")
-        seen: set[bytes] = set()
-        count = 0
-        for document in self._read():
-            digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
-            if (int.from_bytes(digest[:8]) < self.held_out * 2**64) == (split == "held_out"):
-                count += 1
-                yield document
-        if not seen:
+        first = list(itertools.islice(self._distinct(), SMALL_CORPUS))
+        if not first:
             raise DataError(f"{self.spec!r} holds no text: {len(self.files)} files, all empty")
-        if not count:
+        if len(first) < SMALL_CORPUS:
+            chosen = iter(_split_small([document for _, document in first], self.held_out)[split])
+        else:
+            chosen = (d for digest, d in self._distinct() if self._side(digest) == split)
+        document = next(chosen, None)
+        if document is None:
             raise DataError(
-                f"the {split} part of {self.spec!r} is empty: held_out={self.held_out} of "
-                f"{len(seen)} distinct documents; give more documents or change held_out"
+                f"the {split} part of {self.spec!r} is empty with held_out={self.held_out}; "
+                "change held_out or give more documents"
             )
+        yield document
+        yield from chosen
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +86,19 @@ class Source:
         facts = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in self.files]
         content = repr((self.text_field, self.held_out, facts))
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def _distinct(self) -> Iterator[tuple[bytes, Document]]:
+        """Yield each different text once, with its hash."""
+        seen: set[bytes] = set()
+        for document in self._read():
+            digest = _digest(document)
+            if digest not in seen:
+                seen.add(digest)
+                yield digest, document
+
+    def _side(self, digest: bytes) -> Split:
+        is_held_out = int.from_bytes(digest[:8]) < self.held_out * 2**64
+        return "held_out" if is_held_out else "train"
 
     def _read(self) -> Iterator[Document]:
         undecodable: list[str] = []
@@ -126,6 +141,33 @@ def open_source(spec: str, text_field: str = "text", held_out: float = 0.05) -> 
             found.setdefault(path.resolve(), name)
     files = tuple(sorted((name, path) for path, name in found.items()))
     return Source(spec=spec, files=files, text_field=text_field, held_out=held_out)
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _split_small(documents: list[Document], held_out: float) -> dict[Split, list[Document]]:
+    """Split a corpus too small for chance: both sides get something if `held_out` is above 0.
+
+    A single document is cut before its end; of several, those with the smallest hashes are held
+    out.
+    """
+    if held_out == 0:
+        return {"train": documents, "held_out": []}
+    if len(documents) > 1:
+        by_hash = sorted(documents, key=_digest)
+        num_held_out = min(max(1, round(held_out * len(documents))), len(documents) - 1)
+        held = set(map(id, by_hash[:num_held_out]))
+        return {
+            "train": [d for d in documents if id(d) not in held],
+            "held_out": [d for d in documents if id(d) in held],
+        }
+    (only,) = documents
+    cut = only.text.rfind("\n", 0, int(len(only.text) * (1 - held_out))) + 1
+    cut = cut or int(len(only.text) * (1 - held_out))
+    parts = (Document(only.name, only.text[:cut]), Document(f"{only.name} (end)", only.text[cut:]))
+    return {"train": [p for p in parts[:1] if p.text], "held_out": [p for p in parts[1:] if p.text]}
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

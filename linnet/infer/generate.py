@@ -6,6 +6,7 @@ import torch
 
 from linnet.infer.sampler import SamplingParams, sample
 from linnet.model.transformer import Model
+from linnet.text import StreamDecoder, Tokenizer
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass, to bound memory on long prompts."""
@@ -53,11 +54,17 @@ def stream_text(model: Model, prompt: str | Sequence[int], params: SamplingParam
     """Yield the completion piece by piece; the pieces joined are the text of `generate`.
 
     A piece never ends inside a character, nor inside what may become a stop string.
+
+    Raises:
+        ValueError: at once, as `generate` does.
     """
-    tokenizer = _tokenizer(model)
-    decoder = tokenizer.stream()
-    gate = _StopGate(params.stop)
-    for token in stream_tokens(model, encode_prompt(model, prompt), params):
+    decoder = _tokenizer(model).stream()
+    tokens = stream_tokens(model, encode_prompt(model, prompt), params)
+    return _pieces(tokens, decoder, _StopGate(params.stop))
+
+
+def _pieces(tokens: Iterator[int], decoder: StreamDecoder, gate: "_StopGate") -> Iterator[str]:
+    for token in tokens:
         if piece := gate.push(decoder.push(token)):
             yield piece
         if gate.is_closed:
@@ -66,7 +73,6 @@ def stream_text(model: Model, prompt: str | Sequence[int], params: SamplingParam
         yield piece
 
 
-@torch.inference_mode()
 def stream_tokens(
     model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int = PREFILL_CHUNK
 ) -> Iterator[int]:
@@ -77,9 +83,23 @@ def stream_tokens(
         prompt: ids, at least one.
         params: the rules; `stop` is a matter of text and ignored here.
         prefill_chunk: prompt tokens per forward pass; any value gives the same tokens.
+
+    Raises:
+        ValueError: at once, for an empty prompt, a model in training mode or a chunk below 1.
     """
-    if not prompt:
+    if not len(prompt):
         raise ValueError("the prompt has no tokens; give at least one character")
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be positive")
+    return _decode(model, prompt, params, prefill_chunk)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int
+) -> Iterator[int]:
     generator = torch.Generator()
     if params.seed is None:
         generator.seed()
@@ -87,10 +107,13 @@ def stream_tokens(
         generator.manual_seed(params.seed)
     end_ids = end_tokens(model)
     cache = model.new_cache()
-    pending = torch.tensor([list(prompt)], device=model.device)
+    *first_chunks, pending = torch.tensor([list(prompt)], device=model.device).split(
+        prefill_chunk, 1
+    )
+    for chunk in first_chunks:
+        model(chunk, cache=cache, logits_to_keep=0)
     for _ in range(params.max_tokens):
-        for chunk in pending.split(prefill_chunk, 1):
-            logits = model(chunk, cache=cache, logits_to_keep=1)
+        logits = model(pending, cache=cache, logits_to_keep=1)
         token = sample(logits[0, -1].cpu(), params, generator)
         if token in end_ids:
             return
@@ -109,13 +132,14 @@ def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
 
 def end_tokens(model: Model) -> frozenset[int]:
     """Return the ids that end a completion, by the config and by the tokenizer."""
-    ids = {model.config.eos_token_id}
+    declared = model.config.eos_token_id
+    ids = set(declared) if isinstance(declared, tuple) else {declared}
     if model.tokenizer is not None:
         ids |= {model.tokenizer.end_of_document_id, model.tokenizer.end_of_sentence_id}
     return frozenset(token for token in ids if token is not None)
 
 
-def _tokenizer(model: Model):
+def _tokenizer(model: Model) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; put tokenizer.json into its folder")
     return model.tokenizer

@@ -42,6 +42,8 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2^63)")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; expected a tuple of non-empty strings")
 
@@ -55,9 +57,9 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         generator: source of randomness; not touched when greedy.
 
     Raises:
-        ValueError: the logits hold NaN or no finite value.
+        ValueError: the largest logit is NaN or infinite; -inf elsewhere rules tokens out.
     """
-    if not logits.isfinite().any() or logits.isnan().any():
+    if not logits.max().isfinite():
         raise ValueError("the logits are not finite; the weights or the input are damaged")
     if params.temperature == 0:
         return int(logits.argmax())
@@ -67,11 +69,12 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return the [vocab] distribution that `sample` draws from, for a temperature above 0."""
-    # Shifted first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.max()) / params.temperature
+    # Shifted first, and fp64, so that a tiny temperature neither overflows nor rounds to zero.
+    scaled = (logits - logits.max()).double() / params.temperature
     if 0 < params.top_k < scaled.shape[0]:
-        threshold = scaled.topk(params.top_k).values[-1]
-        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
+        # By index, not by value: ties must not let more than k through.
+        top = scaled.topk(params.top_k)
+        scaled = torch.full_like(scaled, float("-inf")).scatter(0, top.indices, top.values)
     probabilities = scaled.softmax(-1)
     if params.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)

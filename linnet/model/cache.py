@@ -1,4 +1,4 @@
-"""What a sequence leaves behind: fp32 states of lightning layers, keys and values of softmax layers.
+"""What a sequence leaves behind: fp32 states of lightning layers, keys/values of softmax layers.
 
 States are never modified in place and key/value buffers are only written past what any snapshot
 sees, so a snapshot copies nothing and `restore` is an exact rollback.
@@ -25,6 +25,7 @@ class Snapshot:
     """The state of a `Cache` at one moment; made by `Cache.snapshot`."""
 
     length: int
+    batch_size: int
     states: tuple[Tensor | None, ...]
     buffers: tuple[_Buffer | None, ...]
 
@@ -72,10 +73,19 @@ class Cache:
 
     def snapshot(self) -> Snapshot:
         """Remember this moment, without copying."""
-        return Snapshot(self.length, tuple(self._states), tuple(self._buffers))
+        return Snapshot(self.length, self.batch_size, tuple(self._states), tuple(self._buffers))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back (or forward) to a snapshot of this cache, exactly."""
+        """Go back (or forward) to a snapshot, exactly; it may come from another cache of the model.
+
+        Raises:
+            ValueError: the snapshot has other layers or another batch size.
+        """
+        if (len(snapshot.states), snapshot.batch_size) != (len(self._states), self.batch_size):
+            raise ValueError(
+                f"the snapshot has {len(snapshot.states)} layers and {snapshot.batch_size} "
+                f"sequences; this cache {len(self._states)} and {self.batch_size}"
+            )
         self.length = snapshot.length
         self._states = list(snapshot.states)
         self._buffers = list(snapshot.buffers)
@@ -93,8 +103,10 @@ def _grown(buffer: _Buffer | None, start: int, stop: int, k: Tensor, v: Tensor) 
     if buffer is not None:
         capacity = max(capacity, 2 * start)
     shape = (k.shape[0], capacity, *k.shape[2:])
-    new_k = torch.empty(shape, dtype=k.dtype, device=k.device)
-    new_v = torch.empty((*shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
+    # Ordinary tensors even in inference mode, so that a cache can be continued outside of it.
+    with torch.inference_mode(False):
+        new_k = torch.empty(shape, dtype=k.dtype, device=k.device)
+        new_v = torch.empty((*shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
     if buffer is not None:
         new_k[:, :start] = buffer.k[:, :start]
         new_v[:, :start] = buffer.v[:, :start]

@@ -5,11 +5,12 @@
     minimax_vl_01                 the published dialect under `text_config`
     linnet                        the published names plus the fields marked "linnet only"
 
-Reading is strict: an unknown key, a missing one or a contradiction is a `ConfigError` that names it.
+Reading is strict: an unknown key, a missing one or a contradiction is a `ConfigError` naming it.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from linnet.model.decay import SlopeRule, layer_slopes
 Dialect = Literal["linnet", "minimax_m1", "minimax_text_01", "transformers"]
 
 LIGHTNING, SOFTMAX = 0, 1
+
+MAX_TENSOR_ELEMENTS = 2**48
+"""A config with a larger tensor is a mistake; the largest published one has 2^31."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +69,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     router_aux_loss_coef: float = 0.001
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """One id, or several that all end a completion."""
     lightning_norm_eps: float = 1e-6
     """linnet only: eps of the norm inside lightning attention, which published code hard-codes."""
     slope_rule: SlopeRule = "published"
@@ -74,11 +79,7 @@ class ModelConfig:
     """linnet only: slots per expert in training over an even share; None never drops a token."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            optional = ("shared_intermediate_size", "bos_token_id", "eos_token_id", "rotary_dim")
-            if type(value) is int and value < (0 if field.name in optional else 1):
-                raise ConfigError(f"{field.name} is {value}; it must be positive")
+        self._check_numbers()
         if len(self.attn_type_list) != self.num_hidden_layers:
             raise ConfigError(
                 f"attn_type_list has {len(self.attn_type_list)} entries for "
@@ -100,8 +101,25 @@ class ModelConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds "
                 f"num_local_experts {self.num_local_experts}"
             )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ConfigError(f"capacity_factor is {self.capacity_factor}; it must be positive")
+
+    def _check_numbers(self) -> None:
+        """Check each number alone, and that no tensor is absurdly large."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if type(value) is int and value < (0 if name in _MAY_BE_ZERO else 1):
+                raise ConfigError(f"{name} is {value}; it must be positive")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} is {value}; it must be finite")
+            if isinstance(value, float) and name in _POSITIVE and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be positive")
+        largest = max(
+            self.vocab_size * self.hidden_size,
+            3 * self.hidden_size * self.inner_size,
+            2 * self.num_local_experts * self.hidden_size * self.intermediate_size,
+            self.hidden_size * self.shared_intermediate_size,
+        )
+        if largest > MAX_TENSOR_ELEMENTS:
+            raise ConfigError(f"these sizes make a tensor of {largest:.0e} elements; check them")
 
     @property
     def inner_size(self) -> int:
@@ -132,7 +150,7 @@ class ModelConfig:
         if kind in _PUBLISHED_TYPES:
             return build(cls, _from_published(mapping))
         if kind == "linnet":
-            return build(cls, _drop_fixed(mapping, _FIXED))
+            return build(cls, _drop_fixed(mapping))
         known = [*_PUBLISHED_TYPES, *_VISION_TYPES, "minimax", "linnet"]
         raise ConfigError(f"model_type {kind!r} is unknown{nearest(str(kind), known)}")
 
@@ -144,7 +162,9 @@ class ModelConfig:
             mapping = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path} not found; a model folder holds a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(mapping, dict):
             raise ConfigError(f"{path} holds a {type(mapping).__name__}; expected an object")
@@ -179,7 +199,7 @@ class ModelConfig:
             "architectures": [f"{camel}ForCausalLM"],
             "model_type": dialect,
             **values,
-            **{key: value for key, value in _FIXED.items() if value is not None},
+            **_FIXED,
         }
 
     def _slopes_agree(self, rule: SlopeRule) -> bool:
@@ -197,7 +217,10 @@ class ModelConfig:
 _PUBLISHED_TYPES = ("minimax_m1", "minimax_text_01", "MiniMaxM1", "MiniMaxText01")
 _VISION_TYPES = ("minimax_vl_01", "MiniMaxVL01")
 
-# Keys whose only supported value is the published one; None marks an optional null.
+_MAY_BE_ZERO = ("shared_intermediate_size", "bos_token_id", "eos_token_id", "rotary_dim")
+_POSITIVE = ("rope_theta", "rms_norm_eps", "lightning_norm_eps", "capacity_factor")
+
+# Keys whose only supported value is the published one.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -208,9 +231,23 @@ _FIXED: dict[str, Any] = {
 
 # Keys that describe files, tokenizers or the caller's habits, not the model.
 _BOOKKEEPING = frozenset(
-    "model_type architectures auto_map transformers_version torch_dtype dtype use_cache "
-    "output_router_logits _name_or_path pad_token_id block_size _attn_implementation "
-    "output_attentions output_hidden_states return_dict".split()
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "block_size",
+        "dtype",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 
 _RENAMED = {
@@ -231,41 +268,48 @@ def _without_type(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key != "model_type"}
 
 
-def _drop_fixed(mapping: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_fixed(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Check the keys that have one supported value and drop them and the bookkeeping."""
-    for key, expected in fixed.items():
+    for key, expected in _FIXED.items():
         found = mapping.get(key, expected)
         if found != expected:
             raise ConfigError(f"{key} is {found!r}; linnet supports {expected!r}")
-    return {k: v for k, v in mapping.items() if k not in fixed and k not in _BOOKKEEPING}
+    return {k: v for k, v in mapping.items() if k not in _FIXED and k not in _BOOKKEEPING}
 
 
 def _from_published(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    values = _drop_fixed(mapping, _FIXED)
+    values = _drop_fixed(mapping)
     for key in ("lightning_norm_eps", "slope_rule", "capacity_factor"):
         if key in values:
             raise ConfigError(f"{key!r} is no key of the published dialect; use 'linnet'")
     for key in _REQUIRED_PUBLISHED:
         if key not in values:
             raise ConfigError(f"missing key {key!r}: a published config states it")
-    if isinstance(values.get("attn_type_list"), list):
-        values["attn_type_list"] = tuple(values["attn_type_list"])
     return values
 
 
 def _from_transformers(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    values = _drop_fixed(mapping, _FIXED)
+    values = _drop_fixed(mapping)
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if values.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int):
         values["head_dim"] = hidden // max(1, heads)
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
     layer_types = values.pop("layer_types", None)
     if not isinstance(layer_types, list):
         raise ConfigError("missing key 'layer_types': the dialect's default is not 7:1")
     if bad := [kind for kind in layer_types if kind not in _LAYER_TYPES]:
         raise ConfigError(f"layer_types holds {bad[0]!r}; known: {sorted(_LAYER_TYPES)}")
-    values["attn_type_list"] = tuple(_LAYER_TYPES[kind] for kind in layer_types)
+    values["attn_type_list"] = [_LAYER_TYPES[kind] for kind in layer_types]
     for theirs, ours in _RENAMED.items():
         values[ours] = values.pop(theirs, 1.0)
+    _read_rope(values)
+    values["slope_rule"] = "transformers"
+    return values
+
+
+def _read_rope(values: dict[str, Any]) -> None:
+    """Replace transformers' `rope_parameters` by `rope_theta` and `rotary_dim`, in place."""
     rope = values.pop("rope_parameters", None) or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_parameters is {rope!r}; expected an object")
@@ -276,14 +320,12 @@ def _from_transformers(mapping: Mapping[str, Any]) -> dict[str, Any]:
     # transformers' class turns the whole head whatever the file says; a file that says otherwise
     # was written for the published code, and its weights were trained that way.
     fraction = rope.pop("partial_rotary_factor", 1.0)
+    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        raise ConfigError(f"partial_rotary_factor is {fraction!r}; expected a number in [0, 1]")
     if isinstance(values.get("head_dim"), int):
         values.setdefault("rotary_dim", int(values["head_dim"] * fraction))
     if rope:
         raise ConfigError(f"unknown keys in rope_parameters: {sorted(rope)}")
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
-    values["slope_rule"] = "transformers"
-    return values
 
 
 def _to_transformers(values: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +349,5 @@ def _to_transformers(values: dict[str, Any]) -> dict[str, Any]:
         **values,
         "layer_types": layer_types,
         "rope_parameters": rope,
-        "router_jitter_noise": 0.0,
-        "tie_word_embeddings": False,
+        **_FIXED,
     }

@@ -111,9 +111,9 @@ def m1_generation_curve(config: ModelConfig) -> GenerationCurve:
     """Return the curve of MiniMax-M1 by the count that its report's figure follows.
 
     The figure's coefficients come out to all printed digits if one counts: chosen experts,
-    projections and LM head, no routers and no norms; one softmax layer less per ten (8 of 80 layers,
-    not 10, the others lightning); (H K)^2 multiply-adds per lightning layer for its state; and per
-    pair of tokens H (K + 2 V) in a softmax layer.
+    projections and LM head, no routers and no norms; one layer in ten as softmax attention (8 of
+    80, though the model has 10) and the others as lightning; (H K)^2 multiply-adds per lightning
+    layer for its state; and per pair of tokens H (K + 2 V) in a softmax layer.
     """
     hidden, inner = config.hidden_size, config.inner_size
     num_softmax = config.num_hidden_layers // 10

@@ -17,10 +17,10 @@ SlopeRule = Literal["published", "transformers"]
 
 
 def head_slopes(num_heads: int, rule: SlopeRule = "published") -> list[float]:
-    """Return the base slope of each head, steepest first.
+    """Return the base slope of each head, in the order of the heads.
 
-    For a head count that is no power of two the published rule is ALiBi's: the slopes of the
-    largest power of two below it, then every other slope of twice that power.
+    They fall geometrically. For a head count that is no power of two the published rule is ALiBi's:
+    the slopes of the largest power of two below it, then every other slope of twice that power.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     if power == num_heads or rule == "transformers":
@@ -44,4 +44,5 @@ def layer_slopes(
     else:
         factor = 1 - layer / max(1, num_layers - 1) + 1e-5
     slopes = [slope * factor for slope in head_slopes(num_heads, rule)]
-    return torch.tensor(slopes, dtype=torch.float64).float()
+    # On the CPU by name: they have values even in a model that is built on the meta device.
+    return torch.tensor(slopes, dtype=torch.float64, device="cpu").float()

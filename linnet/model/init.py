@@ -28,7 +28,6 @@ def initialize(model: Model, generator: torch.Generator | None = None) -> Model:
     model.lm_head.weight.normal_(0, std, generator=generator)
     model.norm.weight.fill_(1)
     for block in model.layers:
-        assert isinstance(block, Block)
         _initialize_block(block, gain, generator)
     return model
 
@@ -43,27 +42,27 @@ def _initialize_block(block: Block, gain: float, generator: torch.Generator | No
         inner = attention.num_heads * attention.head_dim
         for part, part_gain in enumerate((1.0, 1.0, gain)):
             _xavier(by_head[:, part], by_head.shape[-1], inner, part_gain, generator)
-        _xavier_(attention.output_gate.weight, 1.0, generator)
-        _xavier_(attention.out_proj.weight, gain, generator)
+        _xavier_matrix(attention.output_gate.weight, 1.0, generator)
+        _xavier_matrix(attention.out_proj.weight, gain, generator)
     else:
-        _xavier_(attention.q_proj.weight, 1.0, generator)
-        _xavier_(attention.k_proj.weight, 1.0, generator)
-        _xavier_(attention.v_proj.weight, gain, generator)
-        _xavier_(attention.o_proj.weight, gain, generator)
+        _xavier_matrix(attention.q_proj.weight, 1.0, generator)
+        _xavier_matrix(attention.k_proj.weight, 1.0, generator)
+        _xavier_matrix(attention.v_proj.weight, gain, generator)
+        _xavier_matrix(attention.o_proj.weight, gain, generator)
     moe = block.block_sparse_moe
-    _xavier_(moe.gate.weight, 1.0, generator)
+    _xavier_matrix(moe.gate.weight, 1.0, generator)
     # fan_out of W1 and W3 is F each, though they are stored as one [2F, D] matrix.
     width, hidden = moe.experts.down.shape[2], moe.experts.down.shape[1]
     _xavier(moe.experts.gate_up, hidden, width, gain, generator)
     _xavier(moe.experts.down, width, hidden, gain, generator)
     if block.shared_mlp is not None and block.coefficient is not None:
         for linear in (block.shared_mlp.gate_proj, block.shared_mlp.up_proj):
-            _xavier_(linear.weight, gain, generator)
-        _xavier_(block.shared_mlp.down_proj.weight, gain, generator)
-        _xavier_(block.coefficient.weight, 1.0, generator)
+            _xavier_matrix(linear.weight, gain, generator)
+        _xavier_matrix(block.shared_mlp.down_proj.weight, gain, generator)
+        _xavier_matrix(block.coefficient.weight, 1.0, generator)
 
 
-def _xavier_(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
+def _xavier_matrix(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
     _xavier(weight, weight.shape[1], weight.shape[0], gain, generator)
 
 

@@ -1,6 +1,7 @@
-"""The two parameter holders that every part of the model uses."""
+"""The three parameter holders that the parts of the model share."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import linear, rms_norm
@@ -20,6 +21,18 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
         return linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """One vector of `size` channels per token id."""
+
+    def __init__(self, vocab_size: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up ids [B, T] int64 -> [B, T, size]."""
+        return F.embedding(tokens, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -45,22 +45,18 @@ class RouterStats(NamedTuple):
 def dispatch_locally(
     x: Tensor, routing: Routing, num_experts: int, experts: ExpertProducts
 ) -> Tensor:
-    """Sort tokens [T, D] by expert, apply `experts` to the rows, and add up the weighted results."""
+    """Sort tokens [T, D] by expert, apply `experts` to the rows, add up the weighted results."""
     grouping = ops.group_by_expert(routing, num_experts)
     rows = ops.gather_rows(x, grouping, routing.experts.shape[1])
     return ops.combine_rows(experts(rows, grouping.offsets), grouping, routing.weights)
 
 
 class Experts(nn.Module):
-    """The weights of all experts: w1 and w3 stacked in `gate_up` [E, 2F, D], w2 in `down` [E, D, F]."""
+    """The weights of all experts: `gate_up` [E, 2F, D] stacks w1 and w3, `down` [E, D, F] is w2."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        num, hidden, width = (
-            config.num_local_experts,
-            config.hidden_size,
-            config.intermediate_size,
-        )
+        num, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
         self.gate_up = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(num, hidden, width))
 

@@ -1,8 +1,30 @@
 """Named configurations, from one that trains in minutes on two cores to the published models."""
 
+from pathlib import Path
+from typing import TypedDict
+
 from linnet.config import nearest
-from linnet.errors import ConfigError
+from linnet.errors import CheckpointError, ConfigError
 from linnet.model.config import ModelConfig
+
+
+def config_of(source: str | Path) -> ModelConfig:
+    """Return the configuration of a model folder, or of a preset if no folder has that name.
+
+    Raises:
+        CheckpointError: `source` is a file, or a path that does not exist.
+        ConfigError: the folder's config is wrong, or no preset has this name.
+    """
+    name, folder = str(source), Path(source)
+    if folder.is_dir():
+        return ModelConfig.from_folder(folder)
+    if name in PRESETS:
+        return PRESETS[name]
+    if folder.exists():
+        raise CheckpointError(f"{name!r} is a file; pass the folder that holds config.json")
+    if folder.name != name:
+        raise CheckpointError(f"model folder {name!r} does not exist")
+    raise ConfigError(f"{name!r} is neither a model folder nor a preset{nearest(name, PRESETS)}")
 
 
 def preset(name: str) -> ModelConfig:
@@ -26,7 +48,13 @@ def deepnorm_alpha(num_layers: int) -> float:
     return (2 * num_layers) ** 0.25
 
 
-def _deepnorm(num_layers: int) -> dict[str, float]:
+class _Alphas(TypedDict):
+    layernorm_full_attention_alpha: float
+    layernorm_linear_attention_alpha: float
+    layernorm_mlp_alpha: float
+
+
+def _deepnorm(num_layers: int) -> _Alphas:
     alpha = deepnorm_alpha(num_layers)
     return {
         "layernorm_full_attention_alpha": alpha,
@@ -55,11 +83,11 @@ _MINIMAX = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "nano": ModelConfig(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=256,
+        hidden_size=128,
+        intermediate_size=192,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=64,
         attn_type_list=hybrid(8),
         rotary_dim=32,

@@ -8,17 +8,19 @@ DeepNorm written with the norm at the start of the next sublayer:
 and with postnorm=false the raw one: x = alpha x + beta f(norm(x)).
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linnet.model.attention import Context, LightningAttention, SoftmaxAttention
 from linnet.model.cache import Cache
-from linnet.model.config import SOFTMAX, ModelConfig
-from linnet.model.layers import Linear, RMSNorm
+from linnet.model.config import SOFTMAX, Dialect, ModelConfig
+from linnet.model.layers import Embedding, Linear, RMSNorm
 from linnet.model.moe import MixtureOfExperts, RouterStats, SharedExpert
 from linnet.ops import lm_head, rotary_tables
 
@@ -60,8 +62,9 @@ class Block(nn.Module):
         y, stats = self.block_sparse_moe(x)
         if self.shared_mlp is not None and self.coefficient is not None:
             # fp32, as in the published code: y (1 - c) + shared c.
-            c = torch.sigmoid(self.coefficient(x.float()))
-            y = torch.lerp(y.float(), self.shared_mlp(x).float(), c).to(x.dtype)
+            wide = x if x.dtype == torch.float64 else x.float()
+            c = torch.sigmoid(self.coefficient(wide))
+            y = torch.lerp(y.to(c.dtype), self.shared_mlp(x).to(c.dtype), c).to(x.dtype)
         return y, stats
 
 
@@ -72,6 +75,8 @@ def _residual_sum(residual: Tensor, y: Tensor, factors: tuple[float, float]) -> 
 
 class Model(nn.Module):
     """A hybrid lightning-attention mixture-of-experts language model.
+
+    A new one has uninitialized parameters: see `linnet.load`, or `linnet.model.init.initialize`.
 
     Args:
         config: its shape.
@@ -88,9 +93,9 @@ class Model(nn.Module):
         self.compute_dtype = compute_dtype
         self.activation_recompute = False
         self.tokenizer = None
-        self.embed_tokens = nn.Module()
-        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = cast(Sequence[Block], blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
@@ -105,7 +110,8 @@ class Model(nn.Module):
 
         Args:
             tokens: [B, T] int64 ids.
-            cache: from `new_cache`; the tokens continue it, in chunks of any size.
+            cache: from `new_cache`; the tokens continue it, in chunks of any size. Nothing is
+                recorded for a backward pass then. If the call fails, the cache stays as it was.
             cu_seqlens: [N + 1] integer offsets of documents packed along T (B = 1, no cache).
             logits_to_keep: only the last that many positions; all if None.
 
@@ -115,20 +121,44 @@ class Model(nn.Module):
         Raises:
             ValueError: arguments that do not fit together, or ids outside the vocabulary.
         """
-        hidden, _ = self.hidden_states(tokens, cache, cu_seqlens)
+        if logits_to_keep is not None and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; it must not be negative")
+        if cache is None:
+            hidden, _ = self.hidden_states(tokens, cu_seqlens)
+        else:
+            self._check(tokens, cache, cu_seqlens)
+            hidden = self._continue(tokens, cache)
         if logits_to_keep is not None:
             hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
-        return lm_head(hidden, self.lm_head.weight)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return lm_head(hidden, self.lm_head.weight)
 
     def hidden_states(
-        self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Return the normed hidden states [B, T, D] that the LM head reads.
 
         Arguments as in `forward`. In training mode also returns the router statistics per layer.
         """
-        self._check(tokens, cache, cu_seqlens)
-        x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        self._check(tokens, None, cu_seqlens)
+        return self._run_layers(tokens, None, cu_seqlens)
+
+    @torch.no_grad()
+    def _continue(self, tokens: Tensor, cache: Cache) -> Tensor:
+        before = cache.snapshot()
+        try:
+            hidden, _ = self._run_layers(tokens, cache, None)
+        except BaseException:
+            # Some layers have taken the tokens in and others have not.
+            cache.restore(before)
+            raise
+        cache.advance(tokens.shape[1])
+        return hidden
+
+    def _run_layers(
+        self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
         positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         context = Context(rotary, cache, cu_seqlens)
@@ -140,8 +170,6 @@ class Model(nn.Module):
                 x, stats = layer(x, context)
             if stats is not None:
                 all_stats.append(stats)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
         return self.norm(x), all_stats
 
     def new_cache(self, batch_size: int = 1) -> Cache:
@@ -153,7 +181,9 @@ class Model(nn.Module):
         """The device of the parameters."""
         return self.embed_tokens.weight.device
 
-    def save(self, folder, dialect="linnet", overwrite: bool = False) -> None:
+    def save(
+        self, folder: str | Path, dialect: Dialect = "linnet", overwrite: bool = False
+    ) -> None:
         """Write the model as a checkpoint folder; see `linnet.model.weights.save_model`."""
         from linnet.model.weights import save_model
 
@@ -168,7 +198,7 @@ class Model(nn.Module):
             raise ValueError("a cache continues whole rows; it cannot be combined with cu_seqlens")
         if cache is not None and cache.batch_size != tokens.shape[0]:
             raise ValueError(
-                f"the cache holds {cache.batch_size} sequences; got {tokens.shape[0]} rows of tokens"
+                f"the cache holds {cache.batch_size} sequences; got {tokens.shape[0]} rows"
             )
         if cu_seqlens is not None:
             _check_offsets(cu_seqlens, tokens)
@@ -182,13 +212,16 @@ class Model(nn.Module):
 
 
 def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
+        shape = tuple(cu_seqlens.shape)
+        raise ValueError(f"cu_seqlens must be [N + 1] integers; got {shape} {cu_seqlens.dtype}")
     bounds = cu_seqlens.tolist()
     if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1]:
         raise ValueError(
             f"cu_seqlens must run from 0 to T = {tokens.shape[1]} with B = 1; "
             f"got {bounds[0]} to {bounds[-1]} with B = {tokens.shape[0]}"
         )
-    if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(start > stop for start, stop in pairwise(bounds)):
         raise ValueError("cu_seqlens must not decrease")
 
 

@@ -1,32 +1,34 @@
 """Checkpoint folders: published tensor names on disk, read lazily, checked strictly, written whole.
 
 A folder holds `config.json`, one `model.safetensors` or shards with an index, and the tokenizer's
-files if there are any. Both dialects of names are read:
-
-    published       ...block_sparse_moe.experts.{e}.w1/w2/w3.weight, no buffers
-    transformers    the same, or experts stacked as mlp.experts.gate_up_proj / down_proj, and the
-                    decay tables of its lightning layers, which are recomputed here and ignored
+files if there are any. `layout.py` says which tensors those are.
 """
 
 import json
 import logging
-import re
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from linnet.config import nearest
 from linnet.errors import CheckpointError, ConfigError
 from linnet.model.config import Dialect, ModelConfig
-from linnet.model.decay import layer_slopes
 from linnet.model.init import initialize
-from linnet.model.presets import PRESETS, preset
+from linnet.model.layout import (
+    DECAY_TABLE,
+    FP32_PARAMETERS,
+    Entry,
+    disk_dtype,
+    disk_layout,
+    layout_of,
+)
+from linnet.model.presets import config_of
 from linnet.model.transformer import Model
 from linnet.storage import atomic_folder
 from linnet.text import Tokenizer
@@ -36,46 +38,12 @@ logger = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX_NAME = "model.safetensors.index.json"
 
-FP32_PARAMETERS = ("block_sparse_moe.gate.weight", "lm_head.weight")
-"""Endings of the parameters that stay fp32 in memory whatever dtype is asked for."""
-
-_DECAY_TABLE = re.compile(
-    r"model\.layers\.\d+\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)"
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor on disk and the part of a parameter that it is."""
-
-    name: str
-    parameter: str
-    shape: tuple[int, ...]
-    index: tuple[int | slice, ...] = ()
-    """Where in the parameter the tensor lies; () is all of it."""
-
-
-def disk_layout(model: Model) -> list[Entry]:
-    """Return the tensors of a published checkpoint of this model, in the published order."""
-    entries = []
-    width = model.config.intermediate_size
-    gate, up = slice(0, width), slice(width, 2 * width)
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        disk = name if name == "lm_head.weight" else f"model.{name}"
-        if name.endswith("experts.gate_up"):
-            for expert in range(shape[0]):
-                stem = f"{disk.removesuffix('.gate_up')}.{expert}"
-                one = (width, shape[2])
-                entries.append(Entry(f"{stem}.w1.weight", name, one, (expert, gate)))
-                entries.append(Entry(f"{stem}.w3.weight", name, one, (expert, up)))
-        elif name.endswith("experts.down"):
-            for expert in range(shape[0]):
-                stem = f"{disk.removesuffix('.down')}.{expert}"
-                entries.append(Entry(f"{stem}.w2.weight", name, shape[1:], (expert,)))
-        else:
-            entries.append(Entry(disk, name, shape))
-    return entries
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def load_model(
@@ -88,7 +56,8 @@ def load_model(
 
     Args:
         source: a folder, or the name of a preset.
-        dtype: of the parameters and activations; router and LM head are fp32 always.
+        dtype: of the parameters and activations, "auto" for the one on disk; router and LM head
+            are fp32 always.
         device: where the parameters go; "meta" builds the shape alone.
         seed: of the random weights of a preset.
 
@@ -99,43 +68,42 @@ def load_model(
         CheckpointError: a tensor is missing, extra, misshapen, not finite, or a file is damaged.
         ConfigError: the config or the preset's name is wrong.
     """
-    target = resolve_dtype(dtype)
-    folder = Path(source)
+    config, folder = config_of(source), Path(source)
     if not folder.is_dir():
-        if folder.exists():
-            raise CheckpointError(f"{folder} is a file; pass the folder that holds config.json")
-        if str(source) not in PRESETS and ("/" in str(source) or "\\" in str(source)):
-            raise CheckpointError(f"model folder {str(source)!r} does not exist")
-        model = build_model(preset(str(source)), target, device)
+        model = build_model(config, resolve_dtype("float32" if dtype == "auto" else dtype), device)
         if model.device.type != "meta":
+            logger.info("preset %r has no trained weights: random ones, seed %d", source, seed)
             initialize(model, torch.Generator(model.device).manual_seed(seed))
         return model.eval()
-    model = build_model(ModelConfig.from_folder(folder), target, device)
+    shards = _Shards(folder)
+    target = shards.dtype() if dtype == "auto" else resolve_dtype(dtype)
+    # Names and shapes first: a config that asks for more than there is must not allocate it.
+    layout = shards.match(build_model(config, target, "meta"))
+    model = build_model(config, target, device)
     if model.device.type != "meta":
-        read_weights(model, folder)
-    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
-        model.tokenizer = Tokenizer.load(folder)
-        if model.tokenizer.vocab_size > model.config.vocab_size:
-            raise CheckpointError(
-                f"{folder}: the tokenizer has {model.tokenizer.vocab_size} ids, the model "
-                f"vocab_size {model.config.vocab_size}; they do not belong together"
-            )
+        shards.copy_into(model, layout)
+    model.tokenizer = _read_tokenizer(folder, config)
     return model.eval()
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Model:
-    """Return a model with uninitialized parameters: `dtype`, but router and LM head fp32."""
+    """Return a model with uninitialized parameters: `dtype`, but router and LM head fp32.
+
+    Raises:
+        CheckpointError: the machine has less memory than the model needs.
+    """
     with torch.device("meta"):
         model = Model(config, compute_dtype=dtype)
-    for name, parameter in model.named_parameters():
-        keeps_fp32 = name.endswith(FP32_PARAMETERS) and dtype != torch.float64
-        parameter.data = torch.empty(
-            parameter.shape, dtype=torch.float32 if keeps_fp32 else dtype, device=device
-        )
-    for layer, block in enumerate(model.layers):
-        if hasattr(block.self_attn, "decay") and torch.device(device).type != "meta":
-            # Building on the meta device left the slopes without values.
-            block.self_attn.decay = _slopes(config, layer).to(device)
+    if torch.device(device).type == "cpu":
+        _check_memory(model, dtype)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            keeps_fp32 = f"{path}.{name}".endswith(FP32_PARAMETERS) and dtype != torch.float64
+            own = torch.float32 if keeps_fp32 else dtype
+            value = torch.empty(parameter.shape, dtype=own, device=device)
+            setattr(module, name, nn.Parameter(value))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model
 
 
@@ -144,14 +112,14 @@ def save_model(
 ) -> None:
     """Write config, weights and tokenizer; the folder appears whole or not at all.
 
-    The weights keep the dtype of the parameters, but the LM head takes that of the embedding, and
-    the router is fp32 except in the transformers dialect (both as the published checkpoints).
+    The weights keep the dtype of the parameters, but the LM head takes that of the embedding and
+    the router is fp32, both as in the published checkpoints.
 
     Args:
         model: to be saved.
         folder: to be created.
-        dialect: of `config.json`; "transformers" also gives all tensors one dtype.
-        overwrite: whether an existing folder may be replaced.
+        dialect: of `config.json`.
+        overwrite: whether an existing model folder may be replaced, with all that it holds.
 
     Raises:
         CheckpointError: the folder exists, or the disk refuses (nothing saved before is lost).
@@ -159,14 +127,28 @@ def save_model(
     """
     if dialect not in get_args(Dialect):
         raise ConfigError(f"unknown dialect {dialect!r}{nearest(dialect, get_args(Dialect))}")
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(f"{target} holds something other than a model; choose another name")
     config = model.config.to_dict(dialect)
     storage = model.embed_tokens.weight.dtype
     config["torch_dtype"] = str(storage).removeprefix("torch.")
-    with atomic_folder(Path(folder), overwrite) as staging:
+    with atomic_folder(target, overwrite) as staging:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(model, staging, storage, dialect)
+        _write_shards(model, staging, storage)
         if model.tokenizer is not None:
             model.tokenizer.save(staging)
+
+
+@torch.no_grad()
+def read_weights(model: Model, folder: Path) -> None:
+    """Copy a folder's tensors into the parameters of a model, one tensor at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra, misshapen or not finite, or a file is damaged.
+    """
+    shards = _Shards(folder)
+    shards.copy_into(model, shards.match(model))
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -175,17 +157,11 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ConfigError: no such floating dtype.
     """
-    names = ("float32", "bfloat16", "float16", "float64")
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype not in names:
-        raise ConfigError(f"dtype {dtype!r} is not supported{nearest(dtype, names)}")
-    return getattr(torch, dtype)
-
-
-def _slopes(config: ModelConfig, layer: int) -> Tensor:
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    return layer_slopes(layer, layers, heads, config.slope_rule)
+    name = str(dtype).removeprefix("torch.")
+    names = {str(known).removeprefix("torch."): known for known in _DTYPES.values()}
+    if name not in names:
+        raise ConfigError(f"dtype {name!r} is not supported{nearest(name, names)}")
+    return names[name]
 
 
 class _Shards:
@@ -195,19 +171,52 @@ class _Shards:
         self.folder = folder
         self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, Any] = {}  # Any: safetensors' handles have no type
         for file in self._files():
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                self.file_of[name] = file
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            self._read_header(file)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in its dtype on disk."""
-        try:
-            return self._handle(self.file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.file_of[name]}: cannot read {name}: {error}") from None
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the embedding, which a checkpoint's `torch_dtype` repeats."""
+        name = "model.embed_tokens.weight"
+        if name not in self.file_of:
+            raise CheckpointError(f"{self.folder} lacks tensors: {name}")
+        return _DTYPES[self._handle(self.file_of[name]).get_slice(name).get_dtype()]
+
+    def match(self, model: Model) -> list[Entry]:
+        """Return the entries to read, after checking that names and shapes fit exactly."""
+        layout = layout_of(model, self.shapes)
+        wanted = {entry.name: entry.shape for entry in layout}
+        found = {n: s for n, s in self.shapes.items() if not DECAY_TABLE.fullmatch(n)}
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise CheckpointError(f"{self.folder} lacks tensors: {_some(missing)}")
+        if extra := sorted(found.keys() - wanted.keys()):
+            raise CheckpointError(f"{self.folder} has unexpected tensors: {_some(extra)}")
+        for name, shape in wanted.items():
+            if found[name] != shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {list(found[name])}; "
+                    f"the config asks for {list(shape)}"
+                )
+        return layout
+
+    @torch.no_grad()
+    def copy_into(self, model: Model, layout: list[Entry]) -> None:
+        """Fill the parameters that the layout names."""
+        parameters = dict(model.named_parameters())
+        for entry in layout:
+            part = parameters[entry.parameter][entry.index or ...]
+            try:
+                part.copy_(self._handle(self.file_of[entry.name]).get_tensor(entry.name))
+            except SafetensorError as error:
+                file = self.folder / self.file_of[entry.name]
+                raise CheckpointError(f"{file}: cannot read {entry.name}: {error}") from None
+            # After the cast: a value may be finite on disk and too large for `part`.
+            if not (is_finite := part.isfinite()).all():
+                count = part.numel() - int(is_finite.sum())
+                raise CheckpointError(
+                    f"{self.folder}: {entry.name} has {count} values that are NaN or inf "
+                    f"as {str(part.dtype).removeprefix('torch.')}"
+                )
 
     def _files(self) -> list[str]:
         index = self.folder / INDEX_NAME
@@ -221,79 +230,64 @@ class _Shards:
             raise CheckpointError(f"{index} names {bad[0]!r}, which is no file of this folder")
         return files
 
-    def _handle(self, file: str) -> Any:
+    def _read_header(self, file: str) -> None:
+        handle = self._handle(file)
+        for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+            if name in self.file_of:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is in {self.file_of[name]} and {file}"
+                )
+            part = handle.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {part.get_dtype()}; linnet reads "
+                    f"{', '.join(_DTYPES)} and no quantized weights"
+                )
+            self.file_of[name], self.shapes[name] = file, tuple(part.get_shape())
+
+    def _handle(self, file: str) -> Any:  # Any: see `_open`
         if file not in self._open:
             path = self.folder / file
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except FileNotFoundError:
                 raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{path} is damaged or cut short ({error}); fetch or save it again"
                 ) from None
         return self._open[file]
 
 
-@torch.no_grad()
-def read_weights(model: Model, folder: Path) -> None:
-    """Copy a folder's tensors into the parameters of a model, one tensor at a time.
-
-    Raises:
-        CheckpointError: a tensor is missing, extra, misshapen or not finite, or a file is damaged.
-    """
-    shards = _Shards(folder)
-    layout = _match(model, shards, folder)
-    parameters = dict(model.named_parameters())
-    for entry in layout:
-        tensor = shards.read(entry.name)
-        if not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            raise CheckpointError(f"{folder}: {entry.name} has {count} values that are NaN or inf")
-        parameters[entry.parameter][entry.index or ...].copy_(tensor)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _match(model: Model, shards: _Shards, folder: Path) -> list[Entry]:
-    """Return the entries to read, after checking that names and shapes fit exactly."""
-    layout = disk_layout(model)
-    if any(".mlp.experts." in name for name in shards.shapes):
-        layout = _stacked_layout(model)
-    wanted = {entry.name: entry.shape for entry in layout}
-    found = {n: s for n, s in shards.shapes.items() if not _DECAY_TABLE.fullmatch(n)}
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(_listing(folder, "lacks", missing))
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(_listing(folder, "has unexpected", extra))
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(found[name])}; the config asks for {list(shape)}"
-            )
-    return layout
+def _check_memory(model: Model, dtype: torch.dtype) -> None:
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > installed:
+        raise CheckpointError(
+            f"the weights take {needed / 1e9:.0f} GB and this machine has {installed / 1e9:.0f}; "
+            "pass device='meta' for the shape alone"
+        )
 
 
-def _stacked_layout(model: Model) -> list[Entry]:
-    """Return the tensors of transformers' module tree, where the experts of a layer are stacked."""
-    stacked = {"experts.gate_up": "experts.gate_up_proj", "experts.down": "experts.down_proj"}
-    entries = []
-    for name, parameter in model.named_parameters():
-        disk = name if name == "lm_head.weight" else f"model.{name}"
-        disk = disk.replace(".block_sparse_moe.", ".mlp.")
-        for ours, theirs in stacked.items():
-            if disk.endswith(ours):
-                disk = disk.removesuffix(ours) + theirs
-        entries.append(Entry(disk, name, tuple(parameter.shape)))
-    return entries
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        return None
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"vocab_size {config.vocab_size}; they do not belong together"
+        )
+    return tokenizer
 
 
-def _listing(folder: Path, verb: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{folder} {verb} tensors: {', '.join(names[:3])}{more}"
-
-
-def _write_shards(model: Model, folder: Path, storage: torch.dtype, dialect: Dialect) -> None:
+def _write_shards(model: Model, folder: Path, storage: torch.dtype) -> None:
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    shards = list(_plan_shards(model, storage, dialect))
+    shards = list(_plan_shards(model, storage))
     weight_map: dict[str, str] = {}
     total = 0
     for number, entries in enumerate(shards, 1):
@@ -303,7 +297,7 @@ def _write_shards(model: Model, folder: Path, storage: torch.dtype, dialect: Dia
         tensors = {}
         for entry in entries:
             value = parameters[entry.parameter].detach()[entry.index or ...]
-            dtype = disk_dtype(entry.parameter, storage, dialect)
+            dtype = disk_dtype(entry.parameter, storage)
             tensors[entry.name] = value.to("cpu", dtype).contiguous()
             weight_map[entry.name] = file
             total += tensors[entry.name].nbytes
@@ -316,19 +310,11 @@ def _write_shards(model: Model, folder: Path, storage: torch.dtype, dialect: Dia
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def disk_dtype(parameter: str, storage: torch.dtype, dialect: Dialect) -> torch.dtype:
-    """Return the dtype of a parameter on disk when the embedding is saved as `storage`."""
-    is_gate = parameter.endswith("block_sparse_moe.gate.weight")
-    if is_gate and dialect != "transformers" and storage.itemsize < 4:
-        return torch.float32
-    return storage
-
-
-def _plan_shards(model: Model, storage: torch.dtype, dialect: Dialect) -> Iterator[list[Entry]]:
+def _plan_shards(model: Model, storage: torch.dtype) -> Iterator[list[Entry]]:
     shard: list[Entry] = []
     size = 0
     for entry in disk_layout(model):
-        itemsize = disk_dtype(entry.parameter, storage, dialect).itemsize
+        itemsize = disk_dtype(entry.parameter, storage).itemsize
         num_bytes = torch.Size(entry.shape).numel() * itemsize
         if shard and size + num_bytes > MAX_SHARD_BYTES:
             yield shard

@@ -8,11 +8,16 @@ of 8,192 tokens would take 6.5 GB, so they are formed, used and dropped a chunk 
 import torch
 from torch import Tensor
 
+from linnet.ops.matmul import wide
+
 IGNORE = -100
 """Target value of a position that carries no loss."""
 
 CHUNK_ELEMENTS = 2**22
+"""Logits formed at a time ..."""
+
 MIN_CHUNK_TOKENS = 128
+"""... unless these are fewer tokens, for which the product would be inefficient."""
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -37,8 +42,14 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}")
-    if targets.numel() and int(targets.max()) >= weight.shape[0]:
-        raise ValueError(f"target {int(targets.max())} outside a vocabulary of {weight.shape[0]}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64; got {targets.dtype}")
+    outside = targets[((targets < 0) & (targets != IGNORE)) | (targets >= weight.shape[0])]
+    if len(outside):
+        raise ValueError(
+            f"target {int(outside[0])} outside a vocabulary of {weight.shape[0]}; "
+            f"positions without a target carry {IGNORE}"
+        )
     return _CrossEntropy.apply(hidden, weight, targets)
 
 
@@ -52,7 +63,7 @@ def lm_head(hidden: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., vocab] fp32 (fp64 for fp64 input).
     """
-    return torch.nn.functional.linear(_wide(hidden), _wide(weight))
+    return torch.nn.functional.linear(wide(hidden), wide(weight))
 
 
 def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,14 +72,10 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide_weight = _wide(weight)
+        wide_weight = wide(weight)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(wide_weight) if wants_weight else None
@@ -76,7 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
         chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, weight.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            x = _wide(hidden[rows])
+            x = wide(hidden[rows])
             logits = x @ wide_weight.T
             loss, grad_logits = _chunk_loss(logits, targets[rows], wants_hidden or wants_weight)
             total += loss
@@ -92,15 +99,15 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight.mul_(grad.to(grad_weight.dtype)),
-        )
-        return *scaled, None
+        # `grad` stays fp32: rounded to bf16 it would scale every gradient by a wrong factor.
+        # The larger product is in place, so a second backward pass is an error.
+        scaled_hidden = None if grad_hidden is None else grad_hidden * grad
+        scaled_weight = None if grad_weight is None else grad_weight.mul_(grad)
+        return scaled_hidden, scaled_weight, None
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of one chunk and d loss / d logits, which reuses the logits' memory."""
+    """Return the summed loss of one chunk and d loss / d logits, in the memory of the logits."""
     valid = targets != IGNORE
     safe = targets.clamp(min=0)[:, None]
     log_sum = torch.logsumexp(logits, -1)

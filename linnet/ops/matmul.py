@@ -1,8 +1,9 @@
 """In which dtype a product runs, and a linear map that keeps its parameters in their own dtype.
 
-bf16 products are fast where the hardware multiplies bf16 (AMX, AVX-512-BF16, GPUs) and several times
-slower than fp32 where it does not, because they are emulated. So the operands of a bf16 product are
-widened to fp32 on such machines: the result is rounded once instead of at every partial sum.
+bf16 products are fast where the hardware multiplies bf16 (AMX, AVX-512-BF16, GPUs) and several
+times slower than fp32 where it does not, because they are emulated. So the operands of a bf16
+product are widened to fp32 on such machines: the result is rounded once instead of at every partial
+sum.
 """
 
 import functools
@@ -30,6 +31,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of states, statistics and losses: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in fp32, or unchanged if it is fp64."""
+    return x.to(wide_dtype(x.dtype))
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight.T` in the dtype of `x`, whatever the dtype of the weight.
 
@@ -47,7 +58,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == weight.dtype == dtype:
         return F.linear(x, weight)
     if dtype != x.dtype and x.shape[:-1].numel() <= 4 and x.dtype == weight.dtype:
-        # A few rows are bound by reading the weight: widening a copy of it would double the traffic.
+        # A few rows are bound by reading the weight: widening a copy would double the traffic.
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, dtype)

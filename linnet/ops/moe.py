@@ -1,19 +1,22 @@
 """Mixture-of-experts routing and expert products (MiniMax-01, section 2.1 and SPEC of its code).
 
-    y = sum_i w_i FFN_i(x),  FFN(x) = W2 (silu(W1 x) * W3 x),  w = top-k of softmax(x W_gate) / their sum
+    y = sum_i w_i FFN_i(x)        FFN(x) = W2 (silu(W1 x) * W3 x)
+    w = the top-k of softmax(x W_gate), divided by their sum
 
 Legend of layouts: T tokens, S = T * k slots (token t takes slots t*k .. t*k + k - 1), R <= S rows
 sorted by expert (dropped slots are in no row), D hidden, F expert width, E experts.
 """
 
-from typing import Literal, NamedTuple
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops.matmul import product_dtype
-
+from linnet.ops.matmul import product_dtype, wide
 
 Normalization = Literal["paper", "transformers"]
 
@@ -53,16 +56,21 @@ def route(logits: Tensor, top_k: int, capacity: int | None = None) -> Routing:
 
     Returns:
         The routing; weights are renormalized over the chosen experts, and drop to 0 over capacity.
+
+    Raises:
+        ValueError: fewer experts than `top_k`.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    probabilities = wide.softmax(-1)
+    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"cannot choose {top_k} experts per token from [T, E] = {tuple(logits.shape)}"
+        )
+    probabilities = wide(logits).softmax(-1)
     top, experts = probabilities.topk(top_k, -1)
     weights = top / top.sum(-1, keepdim=True)
     kept = None
     if capacity is not None:
-        by_choice = F.one_hot(
-            experts.T.reshape(-1), logits.shape[-1]
-        )  # [k * T, E], first choices first
+        # First choices first.
+        by_choice = F.one_hot(experts.T.reshape(-1), logits.shape[-1])  # [k * T, E]
         place = (by_choice.cumsum(0) * by_choice).sum(-1).view(top_k, -1).T  # [T, k], from 1
         kept = place <= capacity
         weights = weights * kept
@@ -71,7 +79,8 @@ def route(logits: Tensor, top_k: int, capacity: int | None = None) -> Routing:
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
     """Return the slots per expert for a capacity factor (1 = exactly enough under even load)."""
-    return max(1, int(num_tokens * top_k * factor / num_experts + 0.999999))
+    # The margin keeps a product like 1.1 * 10 = 11.000000000000002 from rounding up.
+    return max(1, math.ceil(num_tokens * top_k * factor / num_experts - 1e-6))
 
 
 def group_by_expert(routing: Routing, num_experts: int) -> Grouping:
@@ -105,7 +114,7 @@ def _grouped_ffn(
     dtype = product_dtype(x.dtype, x.device)
     hidden = x.new_empty(x.shape[0], gate_up.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for expert, rows in _experts(offsets):
+    for expert, rows in _experts(offsets, x, gate_up):
         hidden[rows] = x[rows].to(dtype) @ _weight(gate_up, expert, x, dtype).T
         activated = _swiglu(hidden[rows].to(dtype))
         y[rows] = activated @ _weight(down, expert, x, dtype).T
@@ -114,7 +123,8 @@ def _grouped_ffn(
 
 @_grouped_ffn.register_fake
 def _(x, gate_up, down, offsets):
-    return torch.empty_like(x), x.new_empty(x.shape[0], gate_up.shape[1])
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], gate_up.shape[1])
 
 
 @torch.library.custom_op("linnet::grouped_ffn_backward", mutates_args=())
@@ -124,7 +134,7 @@ def _grouped_ffn_backward(
     dtype = product_dtype(x.dtype, x.device)
     grad_x = torch.empty_like(x)
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    for expert, rows in _experts(offsets):
+    for expert, rows in _experts(offsets, x, gate_up):
         wide = grad[rows].to(dtype)
         gate, up = hidden[rows].to(dtype).chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
@@ -170,7 +180,16 @@ def grouped_ffn(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Te
 
     Returns:
         [R, D] in `x.dtype`. The backward pass keeps `x` and the [R, 2F] pre-activations.
+
+    Raises:
+        ValueError: weights that do not fit the rows, or offsets that do not cover them.
     """
+    num_experts, width, dim = down.shape[0], down.shape[2], x.shape[1]
+    if gate_up.shape != (num_experts, 2 * width, dim) or down.shape[1] != dim:
+        raise ValueError(
+            f"gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)} do not fit rows "
+            f"{tuple(x.shape)}: expected [E, 2F, D], [E, D, F], [R, D]"
+        )
     return _grouped_ffn(x, gate_up, down, offsets)[0]
 
 
@@ -206,7 +225,12 @@ def load_balancing_loss(
 
     Returns:
         Scalar fp32.
+
+    Raises:
+        ValueError: another normalization.
     """
+    if normalization not in get_args(Normalization):
+        raise ValueError(f"normalization {normalization!r} is none of {get_args(Normalization)}")
     total = (load * probability).sum()
     num_experts = probability.shape[0]
     return total / num_experts if normalization == "paper" else total * num_experts
@@ -230,9 +254,16 @@ def expert_means(routing: Routing, is_token: Tensor | None = None) -> tuple[Tens
     return counts.to(probabilities.dtype) / num_tokens, probabilities.sum(0) / num_tokens
 
 
-def _experts(offsets: Tensor):
+def _experts(offsets: Tensor, x: Tensor, gate_up: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the experts that have rows, and their rows."""
     bounds = offsets.tolist()
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    if len(bounds) != len(gate_up) + 1 or bounds[0] != 0 or bounds[-1] != len(x):
+        raise ValueError(
+            f"offsets must be {len(gate_up) + 1} numbers from 0 to R = {len(x)}; got {bounds}"
+        )
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if stop < start:
+            raise ValueError(f"offsets must not decrease; got {bounds}")
         if stop > start:
             yield expert, slice(start, stop)
 
@@ -253,13 +284,13 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, slots: Tensor, rows: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(slots, rows)
         ctx.top_k = top_k
-        return x[slots // top_k]
+        return x.index_select(0, slots // top_k)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         slots, rows = ctx.saved_tensors
         by_slot = _rows_by_slot(grad, slots, rows)
-        return by_slot.view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None
+        return sum(by_slot.view(-1, ctx.top_k, grad.shape[1]).unbind(1)), None, None, None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -267,22 +298,23 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx, y: Tensor, weights: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slots, rows)
         by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
-        return torch.einsum("tkd,tk->td", by_slot, weights.to(y.dtype))
+        return torch.bmm(weights[:, None].to(y.dtype), by_slot)[:, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         y, weights, slots, rows = ctx.saved_tensors
         top_k = weights.shape[1]
-        grad_y = grad[slots // top_k] * weights.reshape(-1)[slots, None].to(grad.dtype)
+        grad_y = grad.index_select(0, slots // top_k)
+        grad_y *= weights.reshape(-1)[slots, None].to(grad.dtype)
         by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
-        grad_weights = torch.einsum("tkd,td->tk", by_slot, grad).to(weights.dtype)
+        grad_weights = torch.bmm(by_slot, grad[..., None])[..., 0].to(weights.dtype)
         return grad_y, grad_weights, None, None
 
 
 def _rows_by_slot(y: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     """Return [S, D]: the row of each slot, 0 for dropped slots."""
     if len(slots) == len(rows):
-        return y[rows]
+        return y.index_select(0, rows)
     by_slot = y.new_zeros(len(rows), y.shape[1])
     by_slot[slots] = y
     return by_slot

@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped key/value heads (MiniMax-01, section 2: one layer in eight).
+"""Causal softmax attention with grouped key/value heads (MiniMax-01, section 2: every 8th layer).
 
 The products and the softmax are torch's `scaled_dot_product_attention`; this file decides what is
 visible to whom: causal from the end of the keys (so that a chunk continues a cache), and packed
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops.documents import check_offsets, document_bounds
 from linnet.ops.matmul import product_dtype
 
 QUERY_BLOCK = 512
@@ -35,7 +36,7 @@ def softmax_attention(
         [B, T, H, V] in `v.dtype`.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, dtypes or offsets that do not fit together.
     """
     _check(q, k, v, cu_seqlens)
     dtype = product_dtype(q.dtype, q.device)
@@ -43,10 +44,9 @@ def softmax_attention(
     if cu_seqlens is None:
         o = _attend(*heads_first, scale=scale)
     else:
-        bounds = cu_seqlens.tolist()
         parts = [
             _attend(*(x[:, :, start:stop] for x in heads_first), scale=scale)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in document_bounds(cu_seqlens, q.shape[1])
             if stop > start
         ]
         o = torch.cat(parts, 2) if parts else heads_first[0].new_zeros(1, q.shape[2], 0, v.shape[3])
@@ -63,7 +63,7 @@ def softmax_attention_reference(
     """Same contract as `softmax_attention`, written out with the full T x S matrix."""
     _check(q, k, v, cu_seqlens)
     num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=q.device)
     key_pos = torch.arange(num_keys, device=q.device)
@@ -71,23 +71,34 @@ def softmax_attention_reference(
     if cu_seqlens is not None:
         document = torch.bucketize(key_pos, cu_seqlens[1:].to(key_pos.dtype), right=True)
         visible = visible & (document[:, None] == document)
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * factor
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshv->bthv", weights, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+    if (
+        not q.ndim == k.ndim == v.ndim == 4
+        or q.shape[0] != k.shape[0]
+        or k.shape[:3] != v.shape[:3]
+        or q.shape[3] != k.shape[3]
+    ):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: "
             "expected q [B, T, H, K], k [B, S, G, K], v [B, S, G, V]"
         )
-    if q.shape[2] % k.shape[2]:
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"{k.shape[1]} keys are fewer than {q.shape[1]} queries")
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
-        raise ValueError("cu_seqlens needs B = 1 and as many keys as queries")
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens, q.shape[0])
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"cu_seqlens needs as many keys as queries; got {k.shape[1]} and {q.shape[1]}"
+            )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -27,7 +27,7 @@ from linnet.data import (
     open_source,
     tokenize_source,
 )
-from linnet.errors import CheckpointError, ConfigError, TrainingError
+from linnet.errors import ConfigError, TrainingError
 from linnet.model.cost import cost_of, training_flops
 from linnet.model.init import initialize
 from linnet.model.moe import RouterStats
@@ -62,13 +62,13 @@ class Trainer:
 
     Args:
         recipe: what to do.
-        resume: go on from the newest checkpoint in the run's folder instead of starting anew.
+        resume: go on from the newest checkpoint in the run's folder, if there is one.
         show_progress: draw a progress bar (or log a line now and then) on standard error.
 
     Raises:
         ConfigError: the run's folder is in use and `resume` is not set, or the tokenizer has more
             ids than the model.
-        CheckpointError: nothing to resume from, or what is there is damaged.
+        CheckpointError: the newest checkpoint is damaged or belongs to another model.
         DataError: the corpus cannot be read.
     """
 
@@ -81,10 +81,10 @@ class Trainer:
         saved = list_checkpoints(self._checkpoints)
         if saved and not resume:
             raise ConfigError(
-                f"{self.folder} holds a run already; resume it with --resume, or choose another name"
+                f"{self.folder} holds a run already; resume it with --resume or rename this one"
             )
         if resume and not saved:
-            raise CheckpointError(f"nothing to resume: {self._checkpoints} holds no checkpoint")
+            logger.info("no checkpoint in %s; starting anew", self._checkpoints)
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Trainer:
             held_out_store, train.micro_batch_tokens, train.seq_len
         )
         self.progress = Progress()
-        if resume:
+        if saved:
             self.progress = load_checkpoint(saved[-1], self.model, self._optimizer)
             self._loader.load_state_dict(self.progress.data)
         self._peak_flops = matmul_peak_flops(dtype)
@@ -223,6 +223,11 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        bits = self.progress.bits_per_byte
+        if bits is None or not math.isfinite(bits):
+            # A checkpoint of damaged weights would push out the good ones.
+            logger.warning("step %d not saved: held-out loss is %s", self.progress.step, bits)
+            return
         keep = self.recipe.train.keep_last
         save_checkpoint(self._checkpoints, self.model, self._optimizer, self.progress, keep)
 
@@ -260,6 +265,12 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Save the final model and `run.json`, with the full held-out measurement."""
         recipe, progress = self.recipe, self.progress
+        bits_per_byte = self.measure(self._all_held_out)
+        if not math.isfinite(bits_per_byte):
+            raise TrainingError(
+                f"the final model's held-out loss is {bits_per_byte}; {self._checkpoints} keeps the "
+                "last good one"
+            )
         self.model.save(self.folder / "model", overwrite=True)
         cost = cost_of(recipe.model)
         speed = progress.tokens / max(progress.seconds, 1e-9)
@@ -270,7 +281,7 @@ class Trainer:
             "config": recipe.to_dict(),
             "environment": describe_machine(self.model.compute_dtype),
             "summary": {
-                "bits_per_byte": self.measure(self._all_held_out),
+                "bits_per_byte": bits_per_byte,
                 "held_out_bytes": self._all_held_out.num_bytes,
                 "steps": progress.step,
                 "tokens": progress.tokens,

@@ -24,7 +24,10 @@ def decode_step(
     """
     dtype = initial_state.dtype
     query, key, value = q[:, 0].to(dtype), k[:, 0].to(dtype), v[:, 0].to(dtype)
-    ratio = torch.exp(-decay.to(dtype))[:, None, None]
-    state = torch.addcmul(initial_state * ratio, key.unsqueeze(-1), value.unsqueeze(-2))
+    # S + (lambda - 1) S and not lambda S: on slow heads lambda rounds to the slope of another head,
+    # and the error of every step has the same sign.
+    loss = torch.expm1(-decay.to(dtype))[:, None, None]
+    decayed = torch.addcmul(initial_state, initial_state, loss)
+    state = torch.addcmul(decayed, key.unsqueeze(-1), value.unsqueeze(-2))
     o = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)  # [B, H, V]
     return o.unsqueeze(1).to(v.dtype), state

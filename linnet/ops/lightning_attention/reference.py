@@ -10,12 +10,14 @@ No scale, no denominator, no softmax. All three forms compute in the dtype of th
 an oracle) and share one signature; `reference` adds packed documents.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Maps q, k, v, decay and the initial state to outputs and final state."""
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor):
@@ -48,8 +50,8 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, blo
     """Apply `parallel` to blocks of `block_len` tokens, carrying the state between them."""
     outputs = []
     for start in range(0, q.shape[1], block_len):
-        block = (x[:, start : start + block_len] for x in (q, k, v))
-        o, state = parallel(*block, decay, state)
+        span = slice(start, start + block_len)
+        o, state = parallel(q[:, span], k[:, span], v[:, span], decay, state)
         outputs.append(o)
     return (torch.cat(outputs, 1) if outputs else recurrent(q, k, v, decay, state)[0]), state
 
@@ -83,10 +85,9 @@ def reference(
     if cu_seqlens is None:
         return form(q, k, v, decay, initial_state)
     outputs, states = [q.new_zeros(1, 0, q.shape[2], v.shape[3])], []
-    bounds = cu_seqlens.tolist()
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        document = (x[:, start:stop] for x in (q, k, v))
-        o, state = form(*document, decay, initial_state[n : n + 1])
+    for n, bounds in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        span = slice(*bounds)
+        o, state = form(q[:, span], k[:, span], v[:, span], decay, initial_state[n : n + 1])
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), torch.cat(states) if states else initial_state

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from linnet.ops import rms_norm
+
+FP64 = 1e-12
+FP32 = 1e-6
+BF16 = 4e-3
+
+
+def written_out(x, weight, eps):
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps) * weight
+
+
+@pytest.fixture
+def make_inputs(generator):
+    def make(shape, dtype=torch.float64, weight_dtype=None):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+        return {"x": x.to(dtype), "weight": weight.to(weight_dtype or dtype)}
+
+    return make
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 64), (2, 7, 3, 65)], ids=str)
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_norm_matches_the_formula(shape, eps, make_inputs, assert_agrees):
+    assert_agrees(
+        lambda **x: rms_norm(**x, eps=eps),
+        lambda **x: written_out(**x, eps=eps),
+        make_inputs(shape),
+        FP64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "tolerance"),
+    [
+        (torch.float32, torch.float32, FP32),
+        (torch.bfloat16, torch.bfloat16, BF16),
+        (torch.bfloat16, torch.float32, BF16),
+    ],
+    ids=["fp32", "bf16", "bf16_with_fp32_weight"],
+)
+def test_narrow_inputs_stay_close_to_fp64(
+    dtype, weight_dtype, tolerance, make_inputs, assert_agrees
+):
+    assert_agrees(
+        lambda **x: rms_norm(**x, eps=1e-5),
+        lambda **x: written_out(**x, eps=1e-5),
+        make_inputs((64, 200), dtype, weight_dtype),
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "training"])
+def test_bf16_is_rounded_once(needs_grad, make_inputs):
+    inputs = make_inputs((50, 300), torch.bfloat16)
+    exact = written_out(**{name: x.double() for name, x in inputs.items()}, eps=1e-5)
+    inputs["x"].requires_grad_(needs_grad)
+    y = rms_norm(**inputs, eps=1e-5)
+    assert y.dtype == torch.bfloat16
+    # Half a unit in the last place, but for fp32 noise on ties.
+    assert float(((y - exact).abs() / exact.abs()).max()) <= 2**-8 / 2 * 1.01 * 2
+    assert float((y.double() == exact.bfloat16().double()).double().mean()) > 0.999
+
+
+def test_rows_of_zeros_stay_zero_with_finite_gradients(make_inputs):
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = rms_norm(x, torch.ones(8), eps=1e-6)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(2, 8))
+    torch.testing.assert_close(x.grad, torch.full((2, 8), 1e3))
+
+
+def test_eps_stands_inside_the_root():
+    y = rms_norm(torch.full((1, 4), 2.0), torch.ones(4), eps=12.0)
+    torch.testing.assert_close(y, torch.full((1, 4), 0.5))
+
+
+def test_graph_keeps_x_and_one_number_per_row(make_inputs):
+    inputs = {name: x.requires_grad_() for name, x in make_inputs((32, 64)).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        rms_norm(**inputs, eps=1e-5)
+    inputs_at = {x.data_ptr() for x in inputs.values()}
+    assert [x.numel() for x in kept if x.data_ptr() not in inputs_at] == [32]
+
+
+def test_a_weight_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"weight \(1,\) does not fit x \(2, 8\)"):
+        rms_norm(torch.ones(2, 8), torch.ones(1), eps=1e-5)
