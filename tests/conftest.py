@@ -19,6 +19,10 @@ def _torch_threads() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_empty() -> Iterator[None]:
     """Fill what `torch.empty` returns with NaN, so that reading unwritten memory fails a test."""
+    # `with torch.device(...)` remembers the originals at its first use; after the patch it would
+    # remember the replacements, and leave `torch.empty` on the CPU.
+    with torch.device("meta"):
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),

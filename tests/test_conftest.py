@@ -25,6 +25,11 @@ def test_uninitialized_parameters_and_integers_still_work():
     assert torch.empty(2, device="meta").device.type == "meta"
 
 
+def test_device_context_still_applies():
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+
+
 def test_connecting_to_another_machine_is_refused():
     with socket.socket() as outside, pytest.raises(RuntimeError, match="no network"):
         outside.connect(("192.0.2.1", 80))

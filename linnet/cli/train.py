@@ -28,7 +28,9 @@ def add_parser(verbs) -> None:
         metavar="PATH=VALUE",
         help="change a key, for example optim.learning_rate=1e-3; repeatable",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if any"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no printed recipe")
     parser.set_defaults(run=run)
 

@@ -3,7 +3,8 @@
 Each holds its operator in `attend`, which `linnet.parallel` replaces from outside.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,16 @@ class LightningAttention(nn.Module):
         self.output_gate = Linear(config.hidden_size, inner)
         self.norm = RMSNorm(inner, config.lightning_norm_eps)
         self.out_proj = Linear(inner, config.hidden_size)
-        slopes = layer_slopes(layer, config.num_hidden_layers, self.num_heads, config.slope_rule)
-        self.register_buffer("decay", slopes, persistent=False)
+        rule = config.slope_rule
+        self._slopes = layer_slopes(layer, config.num_hidden_layers, self.num_heads, rule)
+        self.register_buffer("decay", self._slopes, persistent=False)
         self.attend = lightning_attention
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # fp32 whatever `model.to(...)` asks for: bf16 rounds exp(-s) to three digits.
+        self.decay = self._slopes.to(self.decay.device)
+        return self
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""

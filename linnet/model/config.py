@@ -298,7 +298,7 @@ def _from_transformers(mapping: Mapping[str, Any]) -> dict[str, Any]:
     layer_types = values.pop("layer_types", None)
     if not isinstance(layer_types, list):
         raise ConfigError("missing key 'layer_types': the dialect's default is not 7:1")
-    if bad := [kind for kind in layer_types if kind not in _LAYER_TYPES]:
+    if bad := [kind for kind in layer_types if kind not in list(_LAYER_TYPES)]:
         raise ConfigError(f"layer_types holds {bad[0]!r}; known: {sorted(_LAYER_TYPES)}")
     values["attn_type_list"] = [_LAYER_TYPES[kind] for kind in layer_types]
     for theirs, ours in _RENAMED.items():

@@ -141,6 +141,14 @@ def test_lightning_layer_is_its_formula_to_fp64_precision(tiny_model):
     torch.testing.assert_close(layer(x, context_of(model)), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_slopes_stay_fp32_when_a_model_changes_its_dtype(tiny_model, dtype):
+    attention = tiny_model("LLS").to(dtype).layers[1].self_attn
+    assert attention.qkv_proj.weight.dtype == dtype
+    assert torch.equal(attention.decay, layer_slopes(1, 3, 4))
+    assert "decay" not in attention.state_dict()
+
+
 @torch.no_grad()
 def test_model_is_embedding_blocks_norm_and_head(tiny_model):
     model = tiny_model("LSL", dtype=FP64)

@@ -57,12 +57,10 @@ def test_narrow_inputs_stay_close_to_fp64(
 def test_bf16_is_rounded_once(needs_grad, make_inputs):
     inputs = make_inputs((50, 300), torch.bfloat16)
     exact = written_out(**{name: x.double() for name, x in inputs.items()}, eps=1e-5)
-    inputs["x"].requires_grad_(needs_grad)
-    y = rms_norm(**inputs, eps=1e-5)
+    y = rms_norm(inputs["x"].requires_grad_(needs_grad), inputs["weight"], eps=1e-5).detach()
     assert y.dtype == torch.bfloat16
-    # Half a unit in the last place, but for fp32 noise on ties.
-    assert float(((y - exact).abs() / exact.abs()).max()) <= 2**-8 / 2 * 1.01 * 2
-    assert float((y.double() == exact.bfloat16().double()).double().mean()) > 0.999
+    # A second rounding would move one value in four; fp32 noise decides a tie now and then.
+    assert float((y == exact.bfloat16()).float().mean()) > 0.999
 
 
 def test_rows_of_zeros_stay_zero_with_finite_gradients(make_inputs):

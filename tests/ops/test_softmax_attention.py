@@ -8,7 +8,7 @@ from linnet.ops.softmax_attention import softmax_attention_reference
 
 FP64 = 1e-12
 FP32 = 1e-6
-BF16 = 1e-2
+BF16 = 4e-3
 
 
 @pytest.fixture

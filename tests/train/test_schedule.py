@@ -4,9 +4,7 @@ from linnet.errors import ConfigError
 from linnet.train.recipe import OptimSection, TrainSection
 from linnet.train.schedule import batch_tokens, count_steps, learning_rate
 
-OPTIM = OptimSection(
-    learning_rate=1.0, min_learning_rate=0.01, warmup_steps=10, decay_fraction=0.2
-)
+OPTIM = OptimSection(learning_rate=1.0, min_learning_rate=0.01, warmup_steps=10, decay_fraction=0.2)
 
 
 def train_section(**changes) -> TrainSection:

@@ -25,16 +25,22 @@ from torch import Tensor
 
 from linnet.ops.lightning_attention.checks import check_decay
 from linnet.ops.lightning_attention.layout import (
+    CHUNK_LEN,
     Block,
-    advance_states,
     gather_rows,
     plan_blocks,
     scatter_rows,
     sorted_states,
-    token_mask,
     unsorted_states,
 )
 from linnet.ops.matmul import product_dtype, wide_dtype
+
+
+class _Tables(NamedTuple):
+    """Decay factors of one call."""
+
+    powers: Tensor  # [H, C + 2], entry n = exp(-s n), the last one 0; in the dtype of the state
+    diagonal: Tensor  # [H, C, C], in the dtype of the products
 
 
 class _Decays(NamedTuple):
@@ -43,7 +49,7 @@ class _Decays(NamedTuple):
     q: Tensor  # [H, length, 1]
     k: Tensor  # [1 or rows, H, length, 1]
     diagonal: Tensor  # [H, length, length], in the dtype of the products
-    block: Tensor  # [1 or steps, 1 or active, H, 1, 1]
+    step: Tensor  # [1 or rows, H, 1, 1]
 
 
 @torch.library.custom_op("linnet::lightning_attention", mutates_args=())
@@ -62,15 +68,14 @@ def lightning_attention_chunked(
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     state = sorted_states(q, v, initial_state, plan)
     dtype = product_dtype(q.dtype, q.device)
+    tables = _tables(decay, dtype, state.dtype)
     for block in plan.blocks:
-        decays = _decays(block, decay, dtype, state.dtype)
+        decays = _decays(tables, block)
         queries, keys, values = (gather_rows(x, block, dtype) for x in (q, k, v))
-        states = _scan(keys * decays.k, values, decays.block, state, block)
+        before = _scan(keys * decays.k, values, decays.step, state, block.steps).to(dtype)
         scores = _bmm(queries, keys.mT).mul_(decays.diagonal)
-        before = states[:-1].reshape(-1, *states.shape[2:]).to(dtype)
         out = _baddbmm(_bmm(queries.mul_(decays.q), before), scores, values)
         scatter_rows(o, out, block)
-        state = advance_states(state, states[-1], block)
     return o, unsorted_states(state, plan)
 
 
@@ -98,31 +103,29 @@ def _backward_op(
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
     state = sorted_states(q, v, initial_state, plan)
+    tables = _tables(decay, dtype, state.dtype)
     for block in plan.blocks:
-        decays = _decays(block, decay, dtype, state.dtype)
+        decays = _decays(tables, block)
         keys, values, grads = (gather_rows(x, block, dtype) for x in (k, v, grad_o))
-        states = _scan(keys * decays.k, values, decays.block, state, block)
-        before = states[:-1].reshape(-1, *states.shape[2:]).to(dtype)
+        before = _scan(keys * decays.k, values, decays.step, state, block.steps).to(dtype)
         scores = _bmm(grads, values.mT).mul_(decays.diagonal)
         inter = _bmm(grads, before.mT).mul_(decays.q)
         scatter_rows(grad_q, _baddbmm(inter, scores, keys), block)
-        state = advance_states(state, states[-1], block)
     carry = sorted_states(q, v, grad_state, plan)
     for block in reversed(plan.blocks):
-        decays = _decays(block, decay, dtype, carry.dtype)
+        decays = _decays(tables, block)
         queries, keys, values, grads = (gather_rows(x, block, dtype) for x in (q, k, v, grad_o))
-        if block.counts is not None:
-            # Keys see the gradients of later rows, so the repeated rows of a short chunk must be 0.
-            grads.masked_fill_(~token_mask(block)[:, None, :, None], 0)
-        carries = _reverse_scan(queries * decays.q, grads, decays.block, carry, block)
-        after = carries[1:].reshape(-1, *carries.shape[2:]).to(dtype)
+        if block.packing is not None and block.packing.counts is not None:
+            # Keys see the gradients of later places, so those past a chunk's end must be 0.
+            grads.masked_fill_(_is_past_end(block), 0)
+        steps = block.steps[::-1]
+        after = _scan(queries * decays.q, grads, decays.step, carry, steps).to(dtype)
         scores = _bmm(values, grads.mT).mul_(decays.diagonal.mT)
         inter = _bmm(values, after.mT).mul_(decays.k)
         scatter_rows(grad_k, _baddbmm(inter, scores, queries), block)
         scores = _bmm(keys, queries.mT, out=scores).mul_(decays.diagonal.mT)
         inter = _bmm(keys, after).mul_(decays.k)
         scatter_rows(grad_v, _baddbmm(inter, scores, grads), block)
-        carry = advance_states(carry, carries[0], block)
     return grad_q, grad_k, grad_v, unsorted_states(carry, plan)
 
 
@@ -148,55 +151,63 @@ def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
 lightning_attention_chunked.register_autograd(_backward, setup_context=_save_inputs)
 
 
-def _decays(block: Block, decay: Tensor, dtype: torch.dtype, carry_dtype: torch.dtype) -> _Decays:
+def _tables(decay: Tensor, dtype: torch.dtype, carry_dtype: torch.dtype) -> _Tables:
     # fp32 at least: exp(-s n) is close to 1 on slow heads, where bf16 has three digits. Only the
     # largest factor is rounded to the dtype of the products, for speed; see
     # `test_bf16_stays_close_to_fp64`.
-    slope = decay.to(carry_dtype)
-    position = torch.arange(block.length + 1, device=decay.device)
-    table = torch.exp(-slope[:, None] * position)  # [H, length + 1], entry n = exp(-s n)
+    position = torch.arange(CHUNK_LEN + 1, device=decay.device)
+    powers = torch.exp(-decay.to(carry_dtype)[:, None] * position)
+    powers = torch.nn.functional.pad(powers, (0, 1))
     distance = position[1:, None] - position[1:]
-    diagonal = table[:, distance.clamp(min=0)] * (distance >= 0)  # [H, length, length]
-    if block.counts is None:
-        k_decay = table[None, :, :-1].flip(-1)
-        step_decay = table[:, -1].view(1, 1, -1, 1, 1)
-    else:
-        remaining = block.counts[:, None] - position[1:]  # [rows, length], negative past the end
-        k_decay = table[:, remaining.clamp(min=0)] * (remaining >= 0)  # [H, rows, length]
-        k_decay = k_decay.transpose(0, 1)
-        step_decay = table[:, block.counts].T.reshape(block.steps, block.active, -1, 1, 1)
-    return _Decays(table[:, 1:, None], k_decay[..., None], diagonal.to(dtype), step_decay)
+    diagonal = powers[:, distance.clamp(min=0)].tril_()
+    return _Tables(powers, diagonal.to(dtype))
 
 
-def _scan(keys: Tensor, values: Tensor, step_decay: Tensor, state: Tensor, block: Block) -> Tensor:
-    """Return the states before each step and after the last, [steps + 1, active, H, K, V]."""
-    states = _contributions(keys, values, state, block, slice(1, None))
-    states[0] = state[: block.active]
-    for step in range(block.steps):
-        states[step + 1].addcmul_(states[step], step_decay[min(step, len(step_decay) - 1)])
-    return states
+def _decays(tables: _Tables, block: Block) -> _Decays:
+    powers, length = tables.powers, block.length
+    q_decay = powers[:, 1 : length + 1, None]
+    diagonal = tables.diagonal[:, :length, :length]
+    if block.packing is None or block.packing.counts is None:
+        k_decay = powers[None, :, :length, None].flip(2)
+        return _Decays(q_decay, k_decay, diagonal, powers[None, :, length, None, None])
+    counts = block.packing.counts
+    position = torch.arange(1, length + 1, device=counts.device)
+    remaining = counts[:, None] - position  # [rows, length]
+    remaining = torch.where(remaining < 0, powers.shape[1] - 1, remaining)
+    by_place = powers.T.index_select(0, remaining.flatten()).view(*remaining.shape, -1)
+    step_decay = powers.T.index_select(0, counts)[..., None, None]
+    return _Decays(q_decay, by_place.transpose(1, 2)[..., None], diagonal, step_decay)
 
 
-def _reverse_scan(
-    queries: Tensor, grads: Tensor, step_decay: Tensor, carry: Tensor, block: Block
+def _is_past_end(block: Block) -> Tensor:
+    """Return [rows, 1, length, 1] booleans: places of short chunks that hold no token."""
+    assert block.packing is not None and block.packing.counts is not None
+    counts = block.packing.counts
+    is_past = torch.arange(block.length, device=counts.device) >= counts[:, None]
+    return is_past[:, None, :, None]
+
+
+def _scan(
+    left: Tensor,
+    right: Tensor,
+    step_decay: Tensor,
+    state: Tensor,
+    steps: list[tuple[slice, slice]],
 ) -> Tensor:
-    """Return the state gradients before each step and after the last, as `_scan` does."""
-    carries = _contributions(queries, grads, carry, block, slice(None, -1))
-    carries[-1] = carry[: block.active]
-    for step in reversed(range(block.steps)):
-        carries[step].addcmul_(carries[step + 1], step_decay[min(step, len(step_decay) - 1)])
-    return carries
+    """Advance `state` [N, H, K, V] in place by `left^T right` of each row, step after step.
 
-
-def _contributions(
-    left: Tensor, right: Tensor, state: Tensor, block: Block, where: slice
-) -> Tensor:
-    """Return a [steps + 1, active, H, K, V] buffer with `left^T right` of each step at `where`."""
-    states = state.new_empty(block.steps + 1, block.active, *state.shape[1:])
+    Returns:
+        [rows, H, K, V]: the state that each row found.
+    """
     # In the dtype of the state, not of the products: a bf16 result would round every contribution.
-    left, right = left.to(state.dtype).flatten(0, 1), right.to(state.dtype).flatten(0, 1)
-    torch.bmm(left.mT, right, out=states[where].view(-1, *state.shape[2:]))
-    return states
+    added = _bmm(left.to(state.dtype).mT, right.to(state.dtype))
+    found = torch.empty_like(added)
+    for rows, sequences in steps:
+        current = state[sequences]
+        found[rows] = current
+        decay = step_decay if len(step_decay) == 1 else step_decay[rows]
+        torch.addcmul(added[rows], current, decay, out=current)
+    return found
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

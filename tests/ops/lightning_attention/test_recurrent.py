@@ -66,3 +66,13 @@ def test_bf16_decoding_keeps_an_exact_state(make_inputs):
 def test_recurrent_backend_takes_one_token(length, make_inputs, decay):
     with pytest.raises(ValueError, match=f"one token per row; got T = {length}"):
         lightning_attention(**make_inputs(length), decay=decay, backend="recurrent")
+
+
+@torch.no_grad()
+def test_compiled_decode_step_equals_eager(make_inputs, decay):
+    inputs = make_inputs(1)
+    compiled = torch.compile(lightning_attention, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(
+        compiled(**inputs, decay=decay), lightning_attention(**inputs, decay=decay), strict=True
+    ):
+        assert torch.equal(actual, expected)
