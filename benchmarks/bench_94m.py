@@ -1,9 +1,9 @@
-"""linnet against transformers on one model: training, prefill and decode, same weights, same process.
+"""linnet against transformers on one model and the same weights: training, prefill, decode.
 
     python benchmarks/bench_94m.py [--dtype bfloat16] [--pairs 5]
 
-The model is the preset `bench-94m` with whole-head rotary and transformers' slopes, since its class
-has no other. Logits are compared in fp32 before anything is timed. Peak memory is that of a process
+Both run in one process, in turn. The model is the preset `bench-94m` with whole-head rotary and
+transformers' slopes, since its class has no other. Logits are compared in fp32 before anything is timed. Peak memory is that of a process
 that runs one side alone.
 """
 
@@ -193,7 +193,7 @@ def their_decode_loop(model: Any) -> Callable[[], None]:  # Any: transformers is
 
 
 def peak_memory(side: str, folder: str, dtype: str) -> dict[str, int]:
-    """Return this process's peak bytes over three training steps, and the part above the weights."""
+    """Return the peak bytes of three training steps, in all and above the loaded weights."""
     if side == "linnet":
         step = training_step(load_ours(folder, dtype))
     else:

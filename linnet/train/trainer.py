@@ -268,8 +268,8 @@ class Trainer:
         bits_per_byte = self.measure(self._all_held_out)
         if not math.isfinite(bits_per_byte):
             raise TrainingError(
-                f"the final model's held-out loss is {bits_per_byte}; {self._checkpoints} keeps the "
-                "last good one"
+                f"the final model's held-out loss is {bits_per_byte}; the last good one is in "
+                f"{self._checkpoints}"
             )
         self.model.save(self.folder / "model", overwrite=True)
         cost = cost_of(recipe.model)

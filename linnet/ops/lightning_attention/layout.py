@@ -1,8 +1,8 @@
 """How sequences are laid out in blocks of chunks, so that each product is one batched call.
 
 Rows are chunks. Step i holds chunk i of every sequence that is long enough, the longest sequence
-first, so all that one step needs of the states is a slice. Consecutive steps form a `Block`, as many
-as fit the memory bound; the products of a block are batched, only the states go step by step.
+first, so all that one step needs of the states is a slice. Consecutive steps form a `Block`, as
+many as fit the memory bound; its products are batched, only the states go step by step.
 """
 
 from collections.abc import Iterator
