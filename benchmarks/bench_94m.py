@@ -3,8 +3,8 @@
     python benchmarks/bench_94m.py [--dtype bfloat16] [--pairs 5]
 
 Both run in one process, in turn. The model is the preset `bench-94m` with whole-head rotary and
-transformers' slopes, since its class has no other. Logits are compared in fp32 before anything is timed. Peak memory is that of a process
-that runs one side alone.
+transformers' slopes, since its class has no other. Logits are compared in fp32 before anything is
+timed. Peak memory is that of a process that runs one side alone.
 """
 
 import argparse

@@ -9,7 +9,6 @@ and with postnorm=false the raw one: x = alpha x + beta f(norm(x)).
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +22,7 @@ from linnet.model.config import SOFTMAX, Dialect, ModelConfig
 from linnet.model.layers import Embedding, Linear, RMSNorm
 from linnet.model.moe import MixtureOfExperts, RouterStats, SharedExpert
 from linnet.ops import lm_head, rotary_tables
+from linnet.ops.documents import check_offsets, document_bounds
 
 if TYPE_CHECKING:
     from linnet.text import Tokenizer
@@ -201,7 +201,8 @@ class Model(nn.Module):
                 f"the cache holds {cache.batch_size} sequences; got {tokens.shape[0]} rows"
             )
         if cu_seqlens is not None:
-            _check_offsets(cu_seqlens, tokens)
+            check_offsets(cu_seqlens, tokens.shape[0])
+            document_bounds(cu_seqlens, tokens.shape[1])
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
@@ -209,20 +210,6 @@ class Model(nn.Module):
                     f"token id {low if low < 0 else high} outside the vocabulary of "
                     f"{self.config.vocab_size}; does the tokenizer belong to this model?"
                 )
-
-
-def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
-        shape = tuple(cu_seqlens.shape)
-        raise ValueError(f"cu_seqlens must be [N + 1] integers; got {shape} {cu_seqlens.dtype}")
-    bounds = cu_seqlens.tolist()
-    if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1]:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to T = {tokens.shape[1]} with B = 1; "
-            f"got {bounds[0]} to {bounds[-1]} with B = {tokens.shape[0]}"
-        )
-    if any(start > stop for start, stop in pairwise(bounds)):
-        raise ValueError("cu_seqlens must not decrease")
 
 
 def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:

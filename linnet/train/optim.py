@@ -44,8 +44,9 @@ def clip_gradients(model: Model, max_norm: float) -> float:
 
     A norm that is not finite leaves the gradients as they are, for the caller to discard.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total)
     if 0 < max_norm < norm < float("inf"):
-        torch._foreach_mul_(gradients, max_norm / norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return norm
