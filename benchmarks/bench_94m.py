@@ -10,7 +10,6 @@ timed. Peak memory is that of a process that runs one side alone.
 import argparse
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -198,10 +197,10 @@ def peak_memory(side: str, folder: str, dtype: str) -> dict[str, int]:
         step = training_step(load_ours(folder, dtype))
     else:
         step = their_training_step(load_theirs(folder, dtype))
-    before = _resident()
+    before = _status_bytes("VmRSS")
     for _ in range(3):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _status_bytes("VmHWM")
     return {"peak": peak, "above": peak - before}
 
 
@@ -217,9 +216,12 @@ def random_tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, preset("bench-94m").vocab_size, (batch, length), generator=generator)
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status_bytes(key: str) -> int:
+    # Not ru_maxrss, which starts at what the parent process held.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {key}")
 
 
 if __name__ == "__main__":

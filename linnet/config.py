@@ -112,7 +112,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if len(value) != len(hints):
             raise ConfigError(f"{where!r} has {len(value)} items; expected {len(hints)}")
         return tuple(_coerce(item, each, where) for item, each in zip(value, hints, strict=True))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if (
         isinstance(hint, type)

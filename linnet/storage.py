@@ -56,9 +56,10 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         for path in sorted(staging.rglob("*")):
             _sync(path)
         _move_into_place(staging, target)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CheckpointError(
-            f"cannot save {target}: {error.strerror or error}; what was there is untouched"
+            f"cannot save {target}: {reason}; what was there is untouched"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -3,7 +3,6 @@
 `dispatch` moves tokens to the experts and back; `linnet.parallel` replaces it from outside.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from linnet.model.config import ModelConfig
 from linnet.model.layers import Linear
 from linnet.ops.moe import Routing
 
-ExpertProducts = Callable[[Tensor, Tensor], Tensor]
-"""Maps rows [R, D] sorted by expert and offsets [E + 1] to [R, D]."""
+FEW_SLOTS = 4
+"""Tokens times experts per token up to which sorting them is not worth it."""
 
 
 class RouterStats(NamedTuple):
@@ -42,11 +41,11 @@ class RouterStats(NamedTuple):
         return cls(load, probability, dropped, entropy)
 
 
-def dispatch_locally(
-    x: Tensor, routing: Routing, num_experts: int, experts: ExpertProducts
-) -> Tensor:
+def dispatch_locally(x: Tensor, routing: Routing, experts: "Experts") -> Tensor:
     """Sort tokens [T, D] by expert, apply `experts` to the rows, add up the weighted results."""
-    grouping = ops.group_by_expert(routing, num_experts)
+    if 0 < routing.experts.numel() <= FEW_SLOTS and not torch.is_grad_enabled():
+        return ops.few_tokens_ffn(x, routing, experts.gate_up, experts.down)
+    grouping = ops.group_by_expert(routing, experts.gate_up.shape[0])
     rows = ops.gather_rows(x, grouping, routing.experts.shape[1])
     return ops.combine_rows(experts(rows, grouping.offsets), grouping, routing.weights)
 
@@ -83,7 +82,7 @@ class MixtureOfExperts(nn.Module):
         # fp32: with bf16 logits, ties and near-ties choose other experts than in inference.
         wide = tokens if tokens.dtype == torch.float64 else tokens.float()
         routing = ops.route(self.gate(wide), self.top_k, self._capacity(len(tokens)))
-        y = self.dispatch(tokens, routing, self.num_experts, self.experts)
+        y = self.dispatch(tokens, routing, self.experts)
         return y.view_as(x), RouterStats.of(routing) if self.training else None
 
     def _capacity(self, num_tokens: int) -> int | None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops.matmul import product_dtype, wide
+from linnet.ops.matmul import linear, product_dtype, wide
 
 Normalization = Literal["paper", "transformers"]
 
@@ -115,9 +115,9 @@ def _grouped_ffn(
     hidden = x.new_empty(x.shape[0], gate_up.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for expert, rows in _experts(offsets, x, gate_up):
-        hidden[rows] = x[rows].to(dtype) @ _weight(gate_up, expert, x, dtype).T
+        _multiply(x[rows].to(dtype), _weight(gate_up, expert, x, dtype).T, hidden[rows])
         activated = _swiglu(hidden[rows].to(dtype))
-        y[rows] = activated @ _weight(down, expert, x, dtype).T
+        _multiply(activated, _weight(down, expert, x, dtype).T, y[rows])
     return y, hidden
 
 
@@ -139,14 +139,14 @@ def _grouped_ffn_backward(
         gate, up = hidden[rows].to(dtype).chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
-        grad_down[expert] = wide.T @ (silu * up)
+        _multiply(wide.T, silu * up, grad_down[expert])
         grad_activated = wide @ _weight(down, expert, x, dtype)
         grad_up = grad_activated * silu
         # silu' = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid)
         grad_gate = grad_activated.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
         grad_hidden = torch.cat((grad_gate, grad_up), -1)
-        grad_gate_up[expert] = grad_hidden.T @ x[rows].to(dtype)
-        grad_x[rows] = (grad_hidden @ _weight(gate_up, expert, x, dtype)).to(x.dtype)
+        _multiply(grad_hidden.T, x[rows].to(dtype), grad_gate_up[expert])
+        _multiply(grad_hidden, _weight(gate_up, expert, x, dtype), grad_x[rows])
     return grad_x, grad_gate_up, grad_down
 
 
@@ -191,6 +191,30 @@ def grouped_ffn(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Te
             f"{tuple(x.shape)}: expected [E, 2F, D], [E, D, F], [R, D]"
         )
     return _grouped_ffn(x, gate_up, down, offsets)[0]
+
+
+def few_tokens_ffn(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Return what grouping, `grouped_ffn` and combining would, slot by slot, without gradients.
+
+    For a handful of tokens, as in decoding: sorting them costs more than reading the weights.
+
+    Args:
+        x: [T, D] tokens.
+        routing: from `route`.
+        gate_up, down: as in `grouped_ffn`.
+
+    Returns:
+        [T, D] in `x.dtype`.
+    """
+    rows = []
+    for row, chosen, weights in zip(
+        x.split(1), routing.experts.tolist(), routing.weights, strict=True
+    ):
+        hidden = torch.cat([linear(row, gate_up[expert]) for expert in chosen])  # [k, 2F]
+        activated = _swiglu(hidden).split(1)
+        parts = [linear(a, down[expert]) for a, expert in zip(activated, chosen, strict=True)]
+        rows.append(weights[None].to(x.dtype) @ torch.cat(parts))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def swiglu_ffn_reference(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -270,6 +294,14 @@ def _experts(offsets: Tensor, x: Tensor, gate_up: Tensor) -> Iterator[tuple[int,
 
 def _weight(weights: Tensor, expert: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     return weights[expert].to(x.dtype).to(dtype)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the product of two matrices to `out`, rounded to its dtype."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _swiglu(hidden: Tensor) -> Tensor:

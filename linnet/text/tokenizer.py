@@ -7,7 +7,6 @@ the same text, whatever it is. Text from outside becomes a special token only wh
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from linnet.errors import ConfigError, DataError
+from linnet.storage import write_atomic
 from linnet.text.reading import read_backend, token_text
 from linnet.text.special import (
     BEGIN_OF_DOCUMENT,
@@ -150,8 +150,8 @@ class Tokenizer:
             "chat_template": self.chat_template,
         }
         config = {key: value for key, value in config.items() if value is not None}
-        _write_atomically(folder / "tokenizer.json", self._backend.to_str(pretty=True))
-        _write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_atomic(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Turn text into token ids.
@@ -264,12 +264,3 @@ def _nonempty(texts: Iterable[str]) -> Iterator[str]:
         yield _well_formed(text)
     if not found:
         raise DataError("the corpus has no text; a tokenizer needs some to learn from")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

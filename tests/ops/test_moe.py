@@ -308,3 +308,13 @@ def test_balancing_loss_of_no_tokens_is_zero():
 def test_an_unknown_normalization_is_refused():
     with pytest.raises(ValueError, match="'papers' is none of"):
         ops.load_balancing_loss(torch.ones(4), torch.ones(4), "papers")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_few_tokens_are_computed_as_many_are(num_tokens, generator):
+    x = torch.randn(num_tokens, 8, generator=generator, dtype=torch.float64)
+    gate_up = torch.randn(4, 12, 8, generator=generator, dtype=torch.float64)
+    down = torch.randn(4, 8, 6, generator=generator, dtype=torch.float64)
+    routing = ops.route(torch.randn(num_tokens, 4, generator=generator, dtype=torch.float64), 2)
+    expected = moe_reference(x, routing, gate_up, down)
+    torch.testing.assert_close(ops.few_tokens_ffn(x, routing, gate_up, down), expected)

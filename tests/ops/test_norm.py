@@ -88,3 +88,13 @@ def test_graph_keeps_x_and_one_number_per_row(make_inputs):
 def test_a_weight_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"weight \(1,\) does not fit x \(2, 8\)"):
         rms_norm(torch.ones(2, 8), torch.ones(1), eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_single_row_is_normalized_as_many_are(dtype, generator):
+    x = torch.randn(2, 48, generator=generator).to(dtype)
+    weight = torch.rand(48, generator=generator).to(dtype)
+    with torch.no_grad():
+        together = rms_norm(x, weight, 1e-5)
+        apart = torch.cat([rms_norm(row[None], weight, 1e-5) for row in x])
+    torch.testing.assert_close(apart, together, atol=1e-6, rtol=torch.finfo(dtype).eps)

@@ -29,5 +29,7 @@ def decode_step(
     loss = torch.expm1(-decay.to(dtype))[:, None, None]
     decayed = torch.addcmul(initial_state, initial_state, loss)
     state = torch.addcmul(decayed, key.unsqueeze(-1), value.unsqueeze(-2))
-    o = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)  # [B, H, V]
+    # (q . k) v apart: read back from the state, its rounding errors would not share one factor.
+    past = torch.matmul(query.unsqueeze(-2), decayed).squeeze(-2)  # [B, H, V]
+    o = torch.addcmul(past, (query * key).sum(-1, keepdim=True), value)
     return o.unsqueeze(1).to(v.dtype), state
