@@ -43,6 +43,7 @@ check: $(VENV)/dev.stamp ## check format, lint, types and spelling
 
 bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results
 	$(BIN)/python benchmarks/bench_94m.py
+	$(BIN)/python scripts/readme_figures.py
 
 clean: ## delete .venv, caches and build output; runs/ stays
 	rm -rf $(VENV) build dist htmlcov .pytest_cache .ruff_cache .coverage

@@ -1,5 +1,6 @@
 """What the README tells people to type exists, parses and points at files that are there."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -98,3 +99,13 @@ def test_every_relative_link_exists():
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     paths = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_figures_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location(
+        "readme_figures", ROOT / "scripts" / "readme_figures.py"
+    )
+    assert spec is not None and spec.loader is not None
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    assert figures.with_figures(README) == README

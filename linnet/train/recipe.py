@@ -76,6 +76,8 @@ class TrainSection:
     """Steps between measurements on held-out text."""
     eval_tokens: int | None = 100_000
     """Held-out tokens per measurement (whole documents, the same each time); None takes all."""
+    final_eval_tokens: int | None = 1_000_000
+    """Held-out tokens of the last measurement, beside which the compressors are put; None: all."""
     save_every: int = 500
     """Steps between checkpoints; each is preceded by a measurement."""
     keep_last: int = 2

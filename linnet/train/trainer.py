@@ -100,8 +100,8 @@ class Trainer:
         self.held_out = evaluation_batches(
             held_out_store, train.micro_batch_tokens, train.seq_len, train.eval_tokens
         )
-        self._all_held_out = evaluation_batches(
-            held_out_store, train.micro_batch_tokens, train.seq_len
+        self._final_held_out = evaluation_batches(
+            held_out_store, train.micro_batch_tokens, train.seq_len, train.final_eval_tokens
         )
         self.progress = Progress()
         if saved:
@@ -265,7 +265,8 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Save the final model and `run.json`, with the full held-out measurement."""
         recipe, progress = self.recipe, self.progress
-        bits_per_byte = self.measure(self._all_held_out)
+        logger.info("measuring on %d held-out tokens", self._final_held_out.num_targets)
+        bits_per_byte = self.measure(self._final_held_out)
         if not math.isfinite(bits_per_byte):
             raise TrainingError(
                 f"the final model's held-out loss is {bits_per_byte}; the last good one is in "
@@ -282,7 +283,7 @@ class Trainer:
             "environment": describe_machine(self.model.compute_dtype),
             "summary": {
                 "bits_per_byte": bits_per_byte,
-                "held_out_bytes": self._all_held_out.num_bytes,
+                "held_out_bytes": self._final_held_out.num_bytes,
                 "steps": progress.step,
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
@@ -302,7 +303,9 @@ class Trainer:
         write_atomic(self.folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
 
     def _baselines(self) -> dict[str, float]:
-        texts = [document.text for document in self.source.documents("held_out")]
+        chosen = set(self._final_held_out.documents.tolist())
+        documents = enumerate(self.source.documents("held_out"))
+        texts = [document.text for index, document in documents if index in chosen]
         kinds = {"each file": True, "one stream": False}
         return {
             f"{name}, {kind}": bits
