@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
         _print_recipe(recipe.to_dict())
     trainer = Trainer(recipe, resume=args.resume, show_progress=not args.quiet)
     run_record = trainer.run()
-    run_record["samples"] = _samples(trainer, recipe.samples)
-    trainer.write_record(run_record)
+    if not run_record["samples"]:
+        run_record["samples"] = _samples(trainer, recipe.samples)
+        trainer.write_record(run_record)
     report = write_report(recipe.folder)
     _print_outcome(run_record)
     print(f"\nmodel   {recipe.folder / 'model'}\nreport  {report}")

@@ -303,6 +303,7 @@ def _write_shards(model: Model, folder: Path, storage: torch.dtype) -> None:
             total += tensors[entry.name].nbytes
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # it comes readable by its owner alone
         except SafetensorError as error:
             raise OSError(f"writing {file} failed: {error}") from None
     if len(shards) > 1:

@@ -111,6 +111,7 @@ class Trainer:
         per_sequence = training_flops(recipe.model, train.seq_len)
         self._flops_per_token = per_sequence / train.seq_len
         self._skipped_in_a_row = 0
+        self._expert_load: torch.Tensor | None = None  # [L, E], smoothed over about 50 steps
 
     def run(self) -> dict[str, Any]:
         """Train to the end (or to Ctrl-C), save, and return the content of `run.json`.
@@ -119,6 +120,8 @@ class Trainer:
             TrainingError: too many consecutive steps were not finite.
             CheckpointError: the disk refuses a checkpoint; those before are untouched.
         """
+        if (record := self._finished_record()) is not None:
+            return record
         recipe, progress = self.recipe, self.progress
         start_step = progress.step or None
         total_steps = progress.step + count_steps(recipe.train, progress.tokens)
@@ -207,6 +210,9 @@ class Trainer:
             nll += loss.nll.item()
             aux += loss.aux.item() * share
             router.append(loss.router)
+        load = torch.stack([torch.stack([s.load for s in stats]) for stats in router]).mean(0)
+        previous = load if self._expert_load is None else self._expert_load
+        self._expert_load = torch.lerp(previous, load, 0.02)
         values = {"train/loss": nll / num_targets, "moe/aux_loss": aux}
         return values | router_metrics(router)
 
@@ -292,11 +298,21 @@ class Trainer:
                 "peak_tflops": self._peak_flops / 1e12,
                 "skipped_steps": progress.skipped_steps,
             },
+            "expert_load": [] if self._expert_load is None else self._expert_load.tolist(),
             "baselines": self._baselines(),
             "samples": [],
         }
         self.write_record(run)
         return run
+
+    def _finished_record(self) -> dict[str, Any] | None:
+        """Return the `run.json` of a run that had already ended, None if there is work to do."""
+        try:
+            record = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_whole = isinstance(record, dict) and record.get("complete") is True
+        return record if is_whole and self.is_complete else None
 
     def write_record(self, run: dict[str, Any]) -> None:
         """Write `run.json`, which the report is made from."""

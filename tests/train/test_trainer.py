@@ -222,6 +222,8 @@ def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays_as_it_is(
     again = Trainer(recipe(), resume=True, show_progress=False)
     record = again.run()
     assert record["complete"] and record["summary"]["steps"] == 12
+    assert [len(layer) for layer in record["expert_load"]] == [4, 4]
+    assert sum(record["expert_load"][0]) == pytest.approx(2)
     after = weights(first.folder / "model")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(read_metrics(first.folder)) == 12
