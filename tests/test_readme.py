@@ -94,6 +94,11 @@ def test_python_block_compiles(number):
     compile(blocks("python")[number], f"README.md python block {number}", "exec")
 
 
+def test_operator_block_runs():
+    (block,) = [text for text in blocks("python") if "lightning_attention" in text]
+    exec(compile(block, "README.md", "exec"), {})
+
+
 def test_every_relative_link_exists():
     text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)

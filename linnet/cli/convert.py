@@ -1,6 +1,9 @@
 """`linnet convert`: a checkpoint folder from one dialect to another."""
 
 import argparse
+from pathlib import Path
+
+from linnet.errors import CheckpointError
 
 
 def add_parser(verbs) -> None:
@@ -32,6 +35,8 @@ def add_parser(verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
+    if not Path(args.source).is_dir():
+        raise CheckpointError(f"model folder {args.source!r} does not exist")
     from linnet.model.weights import load_model
 
     model = load_model(args.source, dtype=args.dtype)

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 
+from linnet.errors import ConfigError
+
 DEFAULT_LENGTHS = (1024, 8192, 32_768, 131_072, 1_048_576)
 FIGURE_LENGTHS = (8, 16, 32, 40, 64, 80, 96, 100, 128)
 
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         "config": config.to_dict(),
     }
     if args.generation_flops:
+        if (config.num_hidden_layers, config.hidden_size) != (80, 6144):
+            raise ConfigError("--generation-flops is MiniMax-M1's figure; give minimax-m1")
         values["generation_flops"] = _generation_flops(config)
     if args.json:
         print(json.dumps(values, indent=2))

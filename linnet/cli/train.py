@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,14 +45,16 @@ def run(args: argparse.Namespace) -> int:
         _print_recipe(recipe.to_dict())
     trainer = Trainer(recipe, resume=args.resume, show_progress=not args.quiet)
     run_record = trainer.run()
-    if not run_record["samples"]:
+    if trainer.is_complete and not run_record["samples"]:
         run_record["samples"] = _samples(trainer, recipe.samples)
         trainer.write_record(run_record)
-    report = write_report(recipe.folder)
     _print_outcome(run_record)
-    print(f"\nmodel   {recipe.folder / 'model'}\nreport  {report}")
+    print(f"\nmodel   {recipe.folder / 'model'}")
+    print(f"report  {write_report(recipe.folder)}")
     if not trainer.is_complete:
-        print(f"stopped early; go on with: linnet train {args.recipe} --resume")
+        changes = [word for change in args.set for word in ("--set", change)]
+        command = shlex.join(["linnet", "train", args.recipe, *changes, "--resume"])
+        print(f"stopped early; go on with: {command}")
         return 130
     return 0
 

@@ -68,6 +68,7 @@ class ModelConfig:
     """Tokens; a statement about training, not a limit that is enforced."""
     initializer_range: float = 0.02
     router_aux_loss_coef: float = 0.001
+    """Kept for the files; training takes its own from the recipe."""
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     """One id, or several that all end a completion."""

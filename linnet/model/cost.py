@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from linnet.model.config import LIGHTNING, SOFTMAX, ModelConfig
 
-CHUNK_LEN = 256
+PUBLISHED_BLOCK_LEN = 256
 """Block length B of the published kernels, for the within-block part of lightning attention."""
 
 
@@ -69,8 +69,8 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     weights = cost_of(config).params_active + config.vocab_size * config.hidden_size
     num_softmax = sum(kind == SOFTMAX for kind in config.attn_type_list)
     num_lightning = config.num_hidden_layers - num_softmax
-    full, rest = divmod(length, CHUNK_LEN)
-    pairs_in_blocks = full * _causal_pairs(CHUNK_LEN) + _causal_pairs(rest)
+    full, rest = divmod(length, PUBLISHED_BLOCK_LEN)
+    pairs_in_blocks = full * _causal_pairs(PUBLISHED_BLOCK_LEN) + _causal_pairs(rest)
     lightning = 4 * inner * head_dim * length + 4 * inner * pairs_in_blocks
     softmax = 4 * inner * _causal_pairs(length)
     return 2 * weights * length + num_lightning * lightning + num_softmax * softmax

@@ -11,7 +11,7 @@ any moment leaves the ones before it; the last `keep_last` and the best are kept
 import base64
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from linnet.config import build
 from linnet.errors import CheckpointError, ConfigError
+from linnet.model.config import ModelConfig
 from linnet.model.transformer import Model
 from linnet.model.weights import read_weights
 from linnet.storage import atomic_folder
@@ -37,6 +38,8 @@ class Progress:
     """Steps discarded for a non-finite loss or gradient, in all."""
     bits_per_byte: float | None = None
     """Last held-out measurement."""
+    expert_load: list = field(default_factory=list)
+    """[L, E] slots per token and expert, smoothed over about 50 steps."""
     seconds: float = 0.0
     """Spent training, over all sittings."""
     data: dict = field(default_factory=dict)
@@ -79,6 +82,7 @@ def load_checkpoint(folder: Path, model: Model, optimizer: torch.optim.AdamW) ->
         CheckpointError: a file is missing, damaged or belongs to another model.
     """
     progress = read_progress(folder)
+    _check_same_model(folder / "model", model.config)
     read_weights(model, folder / "model")
     try:
         tensors = load_file(folder / "optimizer.safetensors")
@@ -91,6 +95,18 @@ def load_checkpoint(folder: Path, model: Model, optimizer: torch.optim.AdamW) ->
     state = torch.frombuffer(bytearray(base64.b64decode(progress.rng)), dtype=torch.uint8)
     torch.set_rng_state(state)
     return progress
+
+
+def _check_same_model(folder: Path, config: ModelConfig) -> None:
+    saved = ModelConfig.from_folder(folder)
+    keys = [
+        key.name for key in fields(config) if getattr(saved, key.name) != getattr(config, key.name)
+    ]
+    if keys:
+        raise CheckpointError(
+            f"{folder} is another model than the recipe's: {', '.join(keys)} differ; "
+            "change the recipe back, or choose another name"
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

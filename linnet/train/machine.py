@@ -27,7 +27,7 @@ def matmul_peak_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 8) ->
         repeats: products to time.
     """
     wide = product_dtype(dtype, torch.device("cpu"))
-    a = torch.randn(size, size).to(wide)
+    a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(wide)
     fastest_s = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()

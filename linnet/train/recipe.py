@@ -128,8 +128,9 @@ class Recipe:
                 f"train.seq_len {train.seq_len} must lie within "
                 f"micro_batch_tokens {train.micro_batch_tokens}"
             )
-        if not 0 <= self.optim.decay_fraction <= 1:
-            raise ConfigError(f"optim.decay_fraction {self.optim.decay_fraction} is not in [0, 1]")
+        _check_optim(self.optim)
+        if train.threads is not None and train.threads < 1:
+            raise ConfigError(f"train.threads is {train.threads}; it must be at least 1")
         if self.samples < 0:
             raise ConfigError(f"samples is {self.samples}; it must not be negative")
 
@@ -162,6 +163,21 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe, every key of every section, as plain values."""
         return _plain(dataclasses.asdict(self))
+
+
+def _check_optim(optim: OptimSection) -> None:
+    if not 0 < optim.min_learning_rate <= optim.learning_rate:
+        raise ConfigError(
+            f"optim: expected 0 < min_learning_rate <= learning_rate; got "
+            f"{optim.min_learning_rate} and {optim.learning_rate}"
+        )
+    for key in ("warmup_steps", "weight_decay", "grad_clip", "aux_loss_coef"):
+        if not getattr(optim, key) >= 0:
+            raise ConfigError(f"optim.{key} is {getattr(optim, key)}; it must not be negative")
+    if not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1 or not optim.eps > 0:
+        raise ConfigError("optim: expected beta1 and beta2 in [0, 1) and eps above 0")
+    if not 0 <= optim.decay_fraction <= 1:
+        raise ConfigError(f"optim.decay_fraction {optim.decay_fraction} is not in [0, 1]")
 
 
 def _plain(value: Any) -> Any:

@@ -170,7 +170,7 @@ def _charts(run: Json, rows: charts.Rows, folder: Path) -> str:
         ("Training loss", "", "loss.png", charts.loss_chart(rows)),
         (
             "Held-out bits per byte",
-            "Lower is better; compressors on the same bytes are the dashed lines.",
+            "Lower is better; dashed: compressors on the text of the final measurement.",
             "bits_per_byte.png",
             charts.bits_per_byte_chart(rows, _baselines(run)),
         ),

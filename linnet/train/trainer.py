@@ -56,6 +56,8 @@ from linnet.train.schedule import batch_tokens, count_steps, learning_rate
 
 logger = logging.getLogger(__name__)
 
+RECIPE_FILE = "recipe.json"
+
 
 class Trainer:
     """One run of a recipe.
@@ -85,10 +87,9 @@ class Trainer:
             )
         if resume and not saved:
             logger.info("no checkpoint in %s; starting anew", self._checkpoints)
+        self._note_changes()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
         dtype = compute_dtype(recipe.train.dtype)
         self.model = Model(recipe.model, compute_dtype=dtype).train()
         self.model.activation_recompute = recipe.train.activation_recompute
@@ -111,7 +112,6 @@ class Trainer:
         per_sequence = training_flops(recipe.model, train.seq_len)
         self._flops_per_token = per_sequence / train.seq_len
         self._skipped_in_a_row = 0
-        self._expert_load: torch.Tensor | None = None  # [L, E], smoothed over about 50 steps
 
     def run(self) -> dict[str, Any]:
         """Train to the end (or to Ctrl-C), save, and return the content of `run.json`.
@@ -128,21 +128,20 @@ class Trainer:
         bar = TrainingProgress(
             total_steps, recipe.name, self._show_progress, initial_step=progress.step
         )
-        measured_step = -1
+        saved_step = progress.step
         with (
             MetricsWriter(self.folder, resume_step=start_step) as metrics,
             bar,
             self._interruptible(),
         ):
-            while progress.tokens < recipe.train.total_tokens and not self._stop_requested:
+            while not self.is_complete and not self._stop_requested:
                 values = self._step()
-                is_last = progress.tokens >= recipe.train.total_tokens or self._stop_requested
-                saves = is_last or progress.step % recipe.train.save_every == 0
-                if saves or progress.step % recipe.train.eval_every == 0:
+                saves = self.is_complete or progress.step % recipe.train.save_every == 0
+                measures = saves or progress.step % recipe.train.eval_every == 0
+                if measures:
                     progress.bits_per_byte = self.measure(self.held_out)
                     values["eval/bits_per_byte"] = progress.bits_per_byte
-                    measured_step = progress.step
-                if progress.step % recipe.train.log_every == 0 or measured_step == progress.step:
+                if measures or progress.step % recipe.train.log_every == 0:
                     metrics.write(progress.step, values)
                 bar.update(
                     progress.step,
@@ -153,6 +152,10 @@ class Trainer:
                 )
                 if saves:
                     self._save()
+                    saved_step = progress.step
+            if progress.step != saved_step:  # stopped, at whatever moment
+                progress.bits_per_byte = self.measure(self.held_out)
+                self._save()
         return self._finish()
 
     @property
@@ -211,8 +214,8 @@ class Trainer:
             aux += loss.aux.item() * share
             router.append(loss.router)
         load = torch.stack([torch.stack([s.load for s in stats]) for stats in router]).mean(0)
-        previous = load if self._expert_load is None else self._expert_load
-        self._expert_load = torch.lerp(previous, load, 0.02)
+        previous = torch.tensor(self.progress.expert_load) if self.progress.expert_load else load
+        self.progress.expert_load = torch.lerp(previous, load, 0.02).tolist()
         values = {"train/loss": nll / num_targets, "moe/aux_loss": aux}
         return values | router_metrics(router)
 
@@ -269,11 +272,14 @@ class Trainer:
         return tokenizer
 
     def _finish(self) -> dict[str, Any]:
-        """Save the final model and `run.json`, with the full held-out measurement."""
+        """Save the model and `run.json`; a complete run is measured on more held-out text."""
         recipe, progress = self.recipe, self.progress
-        logger.info("measuring on %d held-out tokens", self._final_held_out.num_targets)
-        bits_per_byte = self.measure(self._final_held_out)
-        if not math.isfinite(bits_per_byte):
+        held_out, bits_per_byte = self.held_out, progress.bits_per_byte
+        if self.is_complete:
+            held_out = self._final_held_out
+            logger.info("measuring on %d held-out tokens", held_out.num_targets)
+            bits_per_byte = self.measure(held_out)
+        if bits_per_byte is None or not math.isfinite(bits_per_byte):
             raise TrainingError(
                 f"the final model's held-out loss is {bits_per_byte}; the last good one is in "
                 f"{self._checkpoints}"
@@ -289,7 +295,7 @@ class Trainer:
             "environment": describe_machine(self.model.compute_dtype),
             "summary": {
                 "bits_per_byte": bits_per_byte,
-                "held_out_bytes": self._final_held_out.num_bytes,
+                "held_out_bytes": held_out.num_bytes,
                 "steps": progress.step,
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
@@ -298,12 +304,31 @@ class Trainer:
                 "peak_tflops": self._peak_flops / 1e12,
                 "skipped_steps": progress.skipped_steps,
             },
-            "expert_load": [] if self._expert_load is None else self._expert_load.tolist(),
-            "baselines": self._baselines(),
+            "expert_load": progress.expert_load,
+            "baselines": self._baselines() if self.is_complete else {},
             "samples": [],
         }
         self.write_record(run)
         return run
+
+    def _note_changes(self) -> None:
+        """Keep the recipe in the run's folder; warn of what has changed since the run began."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, now = self.folder / RECIPE_FILE, self.recipe.to_dict()
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = now
+        changed = [
+            f"{section}.{key}"
+            for section, values in now.items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+            if before.get(section, {}).get(key) != value
+        ]
+        if changed and list_checkpoints(self._checkpoints):
+            logger.warning("changed since this run began: %s", ", ".join(changed))
+        write_atomic(path, json.dumps(now, indent=2) + "\n")
 
     def _finished_record(self) -> dict[str, Any] | None:
         """Return the `run.json` of a run that had already ended, None if there is work to do."""

@@ -74,3 +74,19 @@ def test_contradictions_are_refused_by_name(changes, message, recipe):
         recipe(
             train={"batch_tokens": 40, "micro_batch_tokens": 10, "seq_len": 10, **changes},
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_learning_rate": 0.0}, "min_learning_rate"),
+        ({"learning_rate": 1e-6}, "min_learning_rate <= learning_rate"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"grad_clip": -1.0}, "grad_clip"),
+        ({"eps": 0.0}, "eps"),
+        ({"decay_fraction": 1.5}, "decay_fraction"),
+    ],
+)
+def test_schedules_that_cannot_be_meant_are_refused(changes, message, recipe):
+    with pytest.raises(ConfigError, match=message):
+        recipe(optim={"learning_rate": 1e-2, "min_learning_rate": 1e-3, **changes})

@@ -1,3 +1,4 @@
+import base64
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from linnet.data import PackedBatch
-from linnet.errors import ConfigError, DataError, TrainingError
+from linnet.errors import CheckpointError, ConfigError, DataError, TrainingError
 from linnet.model import Model, load_model
 from linnet.model.init import initialize
 from linnet.train import Trainer
@@ -146,6 +147,37 @@ def test_interrupt_saves_and_a_resumed_run_ends_the_same(recipe, monkeypatch):
     resumed = run(recipe("stopped", train={"save_every": 100}), resume=True)
     assert resumed.is_complete
     assert_same_run(whole.folder, resumed.folder)
+
+
+def test_interrupt_while_measuring_saves_too(recipe, monkeypatch):
+    trainer = Trainer(recipe("stopped", train={"save_every": 100}), show_progress=False)
+    measure = trainer.measure
+
+    def interrupted(held_out):
+        if not trainer._stop_requested:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(held_out)
+
+    monkeypatch.setattr(trainer, "measure", interrupted)
+    record = trainer.run()
+    assert record["complete"] is False and record["baselines"] == {}
+    assert [path.name for path in list_checkpoints(trainer._checkpoints)] == ["step_00000004"]
+
+
+def test_resuming_another_model_is_refused_and_another_recipe_is_noted(recipe, caplog):
+    run(recipe())
+    with pytest.raises(CheckpointError, match="postnorm differ"):
+        Trainer(recipe(model={"postnorm": False}), resume=True, show_progress=False)
+    with caplog.at_level(logging.WARNING):
+        Trainer(recipe(optim={"learning_rate": 0.5}), resume=True, show_progress=False)
+    assert "changed since this run began: optim.learning_rate" in caplog.text
+
+
+def test_resumed_trainer_holds_the_saved_random_state(recipe):
+    whole = run(recipe("whole", train={"keep_last": 9}))
+    state = read_progress(list_checkpoints(whole._checkpoints)[-1]).rng
+    Trainer(recipe("whole"), resume=True, show_progress=False)
+    assert base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode() == state
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(recipe):
