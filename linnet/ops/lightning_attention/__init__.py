@@ -1,24 +1,25 @@
 """Lightning attention: one public call over several implementations.
 
-`reference.py` defines the operator, `chunked.py` is the torch path for any length with gradients,
-`recurrent.py` the single-token decode step. The README of this folder explains the operator.
+`reference.py` defines the operator. `native.py` (C++) and `chunked.py` (torch) take any length and
+give gradients; `operator.py` registers them and chooses. `recurrent.py` is the single-token decode
+step. The README of this folder explains the operator.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from linnet.ops.documents import document_bounds
 from linnet.ops.lightning_attention.checks import check_arguments, check_decay
-from linnet.ops.lightning_attention.chunked import lightning_attention_chunked
+from linnet.ops.lightning_attention.operator import lightning_attention_op
 from linnet.ops.lightning_attention.recurrent import decode_step
 from linnet.ops.lightning_attention.reference import reference
 from linnet.ops.matmul import wide, wide_dtype
 
 __all__ = ["Backend", "lightning_attention"]
 
-Backend = Literal["chunked", "recurrent", "reference"]
+Backend = Literal["native", "chunked", "recurrent", "reference"]
 
 
 def lightning_attention(
@@ -48,7 +49,8 @@ def lightning_attention(
         cu_seqlens: [N + 1] int32 or int64 offsets of N documents packed along T (B = 1); the state
             starts at `initial_state[n]` at each, and no document sees another. Empty ones are fine.
         return_state: whether the final states are wanted.
-        backend: "chunked", "recurrent" (T = 1) or "reference"; None chooses between the first two.
+        backend: "native" (C++, fp32 and bf16 on the CPU), "chunked" (torch), "recurrent" (T = 1) or
+            "reference"; None takes the fastest that can do it.
 
     Returns:
         o: [B, T, H, V] in `v.dtype`, and the final states [B or N, H, K, V], fp32 (fp64 for fp64
@@ -66,9 +68,10 @@ def lightning_attention(
             x is not None and x.requires_grad for x in (q, k, v, initial_state)
         )
         is_step = q.shape[1] == 1 and cu_seqlens is None and not needs_grad
-        backend = "recurrent" if is_step else "chunked"
-    if backend == "chunked":
-        o, state = lightning_attention_chunked(q, k, v, decay, initial_state, cu_seqlens)
+        backend = "recurrent" if is_step else None
+    if backend in (None, "native", "chunked"):
+        implementation = backend or "auto"
+        o, state = lightning_attention_op(q, k, v, decay, initial_state, cu_seqlens, implementation)
     elif backend == "recurrent":
         if q.shape[1] != 1 or cu_seqlens is not None:
             packed = "" if cu_seqlens is None else " with cu_seqlens"
@@ -87,5 +90,7 @@ def lightning_attention(
         o, state = reference(wide(q), wide(k), wide(v), decay, initial_state, cu_seqlens)
         o = o.to(v.dtype)
     else:
-        raise ValueError(f"backend {backend!r} is none of 'chunked', 'recurrent', 'reference'")
+        raise ValueError(
+            f"backend {backend!r} is none of {', '.join(map(repr, get_args(Backend)))}"
+        )
     return o, state if return_state else None

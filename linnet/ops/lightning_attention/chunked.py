@@ -33,7 +33,7 @@ from linnet.ops.lightning_attention.layout import (
     sorted_states,
     unsorted_states,
 )
-from linnet.ops.matmul import product_dtype, wide_dtype
+from linnet.ops.matmul import product_dtype
 
 
 class _Tables(NamedTuple):
@@ -52,8 +52,7 @@ class _Decays(NamedTuple):
     step: Tensor  # [1 or rows, H, 1, 1]
 
 
-@torch.library.custom_op("linnet::lightning_attention", mutates_args=())
-def lightning_attention_chunked(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -61,7 +60,7 @@ def lightning_attention_chunked(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass; arguments and results as in `linnet.lightning_attention`."""
+    """Return o and the final states; arguments as in `linnet.lightning_attention`."""
     # Here and not in the public call, where a tracer would have no values to look at.
     check_decay(decay)
     plan = plan_blocks(q, v, cu_seqlens)
@@ -79,15 +78,7 @@ def lightning_attention_chunked(
     return o, unsorted_states(state, plan)
 
 
-@lightning_attention_chunked.register_fake
-def _(q, k, v, decay, initial_state, cu_seqlens):
-    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty(num, q.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
-    return v.new_empty(v.shape), state
-
-
-@torch.library.custom_op("linnet::lightning_attention_backward", mutates_args=())
-def _backward_op(
+def backward(
     grad_o: Tensor,
     grad_state: Tensor | None,
     q: Tensor,
@@ -97,6 +88,7 @@ def _backward_op(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and the initial states."""
     plan = plan_blocks(q, v, cu_seqlens)
     dtype = product_dtype(q.dtype, q.device)
     grad_q, grad_k, grad_v = (
@@ -127,28 +119,6 @@ def _backward_op(
         inter = _bmm(keys, after).mul_(decays.k)
         scatter_rows(grad_v, _baddbmm(inter, scores, grads), block)
     return grad_q, grad_k, grad_v, unsorted_states(carry, plan)
-
-
-@_backward_op.register_fake
-def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens):
-    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty(num, q.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), state
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
-    q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
-    wants_state = initial_state is not None and ctx.needs_input_grad[4]
-    return grads[0], grads[1], grads[2], None, grads[3] if wants_state else None, None
-
-
-lightning_attention_chunked.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def _tables(decay: Tensor, dtype: torch.dtype, carry_dtype: torch.dtype) -> _Tables:

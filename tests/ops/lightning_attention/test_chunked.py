@@ -6,6 +6,7 @@ from torch import Tensor
 
 from linnet.ops import lightning_attention
 from linnet.ops.lightning_attention import chunked
+from linnet.ops.lightning_attention.operator import backward_op, lightning_attention_op
 from linnet.ops.lightning_attention.reference import blockwise, parallel, reference
 
 FP64 = 1e-12
@@ -224,6 +225,6 @@ def test_custom_ops_pass_opcheck(offsets, make_inputs, decay):
     offsets = None if offsets is None else torch.tensor(offsets)
     inputs = make_inputs(7, batch=1, states=1 if offsets is None else 3, dtype=torch.float32)
     q, k, v, state = (x.requires_grad_() for x in inputs.values())
-    torch.library.opcheck(chunked.lightning_attention_chunked, (q, k, v, decay, state, offsets))
+    torch.library.opcheck(lightning_attention_op, (q, k, v, decay, state, offsets, "auto"))
     args = [x.detach() for x in (v, state, q, k, v, decay, state)]
-    torch.library.opcheck(chunked._backward_op, (*args, offsets))
+    torch.library.opcheck(backward_op, (*args, offsets, "auto"))

@@ -1,0 +1,103 @@
+"""The registered operator: opaque to tracers, differentiable, over one of several implementations.
+
+An implementation is a module with `forward`, `backward` and `unsupported_reason`. Which one runs is
+decided when values are there, inside the operator, so compiled graphs hold one call.
+"""
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from linnet.ops.lightning_attention import chunked, native
+from linnet.ops.matmul import wide_dtype
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["auto", "chunked", "native"]
+
+
+@torch.library.custom_op("linnet::lightning_attention", mutates_args=())
+def lightning_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass; arguments and results as in `linnet.lightning_attention`."""
+    module = _choose(q, v, implementation)
+    return module.forward(q, k, v, decay, initial_state, cu_seqlens)
+
+
+@lightning_attention_op.register_fake
+def _(q, k, v, decay, initial_state, cu_seqlens, implementation):
+    return v.new_empty(v.shape), _empty_state(q, v, cu_seqlens)
+
+
+@torch.library.custom_op("linnet::lightning_attention_backward", mutates_args=())
+def backward_op(
+    grad_o: Tensor,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and the initial state."""
+    module = _choose(q, v, implementation)
+    return module.backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
+
+
+@backward_op.register_fake
+def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, implementation):
+    state = _empty_state(q, v, cu_seqlens)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), state
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    del output
+    ctx.save_for_backward(*inputs[:6])
+    ctx.implementation = inputs[6]
+
+
+def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
+    q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_initial = backward_op(
+        grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, ctx.implementation
+    )
+    wants_state = initial_state is not None and ctx.needs_input_grad[4]
+    return grad_q, grad_k, grad_v, None, grad_initial if wants_state else None, None, None
+
+
+lightning_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _choose(q: Tensor, v: Tensor, implementation: str):
+    if implementation == "chunked":
+        return chunked
+    reason = native.unsupported_reason(q, v)
+    if reason is None:
+        return native
+    if implementation == "native":
+        raise ValueError(f"backend 'native' cannot be used: {reason}")
+    if q.device.type == "cpu":
+        _warn_once(reason)
+    return chunked
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("lightning_attention takes the slower torch path: the native one %s", reason)
+
+
+def _empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(num, q.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype))
