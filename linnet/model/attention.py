@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.model.cache import Cache
@@ -57,7 +56,7 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
-        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        qkv = self.qkv_proj(x).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = qkv.split(self.head_dim, -1)  # [B, T, H, K] each
         cache = context.cache
         o, state = self.attend(
@@ -68,12 +67,12 @@ class LightningAttention(nn.Module):
             initial_state=None if cache is None else cache.state(self.layer),
             cu_seqlens=context.cu_seqlens,
             return_state=cache is not None,
+            activation="silu",
         )
         if cache is not None:
             assert state is not None
             cache.set_state(self.layer, state)
-        o = self.norm(o.flatten(-2))
-        return self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
+        return self.out_proj(self.norm(o.flatten(-2), gate=self.output_gate(x)))
 
 
 class SoftmaxAttention(nn.Module):

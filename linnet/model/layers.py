@@ -43,6 +43,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalize [..., size], and multiply by `sigmoid(gate)` if there is a gate."""
+        return rms_norm(x, self.weight, self.eps, gate)

@@ -14,9 +14,6 @@ from linnet.model.config import ModelConfig
 from linnet.model.layers import Linear
 from linnet.ops.moe import Routing
 
-FEW_SLOTS = 4
-"""Tokens times experts per token up to which sorting them is not worth it."""
-
 
 class RouterStats(NamedTuple):
     """What one layer's router did with the tokens of one forward pass."""
@@ -42,12 +39,8 @@ class RouterStats(NamedTuple):
 
 
 def dispatch_locally(x: Tensor, routing: Routing, experts: "Experts") -> Tensor:
-    """Sort tokens [T, D] by expert, apply `experts` to the rows, add up the weighted results."""
-    if 0 < routing.experts.numel() <= FEW_SLOTS and not torch.is_grad_enabled():
-        return ops.few_tokens_ffn(x, routing, experts.gate_up, experts.down)
-    grouping = ops.group_by_expert(routing, experts.gate_up.shape[0])
-    rows = ops.gather_rows(x, grouping, routing.experts.shape[1])
-    return ops.combine_rows(experts(rows, grouping.offsets), grouping, routing.weights)
+    """Apply the routed `experts` to tokens [T, D] and add up the weighted results."""
+    return ops.routed_ffn(x, routing, experts.gate_up, experts.down)
 
 
 class Experts(nn.Module):
@@ -58,10 +51,6 @@ class Experts(nn.Module):
         num, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
         self.gate_up = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(num, hidden, width))
-
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Apply each expert to its rows; see `linnet.ops.grouped_ffn`."""
-        return ops.grouped_ffn(rows, self.gate_up, self.down, offsets)
 
 
 class MixtureOfExperts(nn.Module):
@@ -79,9 +68,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
         """Map x [B, T, D] to [B, T, D]; statistics are gathered in training mode only."""
         tokens = x.flatten(0, -2)
-        # fp32: with bf16 logits, ties and near-ties choose other experts than in inference.
-        wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-        routing = ops.route(self.gate(wide), self.top_k, self._capacity(len(tokens)))
+        logits = ops.router_logits(tokens, self.gate.weight)
+        routing = ops.route(logits, self.top_k, self._capacity(len(tokens)))
         y = self.dispatch(tokens, routing, self.experts)
         return y.view_as(x), RouterStats.of(routing) if self.training else None
 

@@ -8,7 +8,7 @@ Shape legend, used in every docstring of linnet:
 
 from linnet.ops.cross_entropy import cross_entropy, lm_head
 from linnet.ops.lightning_attention import lightning_attention
-from linnet.ops.matmul import linear
+from linnet.ops.matmul import linear, router_logits
 from linnet.ops.moe import (
     combine_rows,
     expert_capacity,
@@ -22,6 +22,7 @@ from linnet.ops.moe import (
 )
 from linnet.ops.norm import rms_norm
 from linnet.ops.rotary import apply_rotary, rotary_tables
+from linnet.ops.routed import routed_ffn
 from linnet.ops.softmax_attention import softmax_attention
 
 __all__ = [
@@ -41,5 +42,7 @@ __all__ = [
     "rms_norm",
     "rotary_tables",
     "route",
+    "routed_ffn",
+    "router_logits",
     "softmax_attention",
 ]

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops.native import products
+from linnet.ops.native.arguments import takes
+
 
 @functools.cache
 def cpu_has_native_bf16() -> bool:
@@ -61,28 +64,56 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         # A few rows are bound by reading the weight: widening a copy would double the traffic.
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, dtype)
-    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+        return _Linear.apply(x, weight, dtype, x.dtype)
+    return _forward(x, weight.to(x.dtype), dtype)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` in fp32, operands and result; the backward pass keeps `x` as it is.
+
+    fp32: with bf16 logits, ties and near-ties choose other experts than in inference.
+
+    Args:
+        x: [T, D] tokens.
+        weight: [E, D] router.
+
+    Returns:
+        [T, E] fp32 (fp64 for fp64 tokens).
+    """
+    dtype = wide_dtype(x.dtype)
+    return _Linear.apply(x, weight, dtype, dtype)
+
+
+def _forward(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in `dtype`; x and weight share another one, which the result has too."""
+    if x.dtype != dtype == torch.float32 and takes(x, weight):
+        return products.linear(x, weight)
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
     """`linear` whose casts are redone in the backward pass instead of stored."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, dtype: torch.dtype, rounding: torch.dtype
+    ) -> Tensor:
+        """Multiply in `dtype` operands that are rounded to `rounding` first, as the result is."""
         ctx.save_for_backward(x, weight)
-        ctx.dtype = dtype
-        return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+        ctx.dtypes = dtype, rounding
+        if x.dtype == rounding:
+            return _forward(x, weight.to(rounding), dtype)
+        return F.linear(x.to(dtype), weight.to(rounding).to(dtype)).to(rounding)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        dtype = ctx.dtype
+        dtype, rounding = ctx.dtypes
         wide = grad.to(dtype)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = (wide @ weight.to(x.dtype).to(dtype)).to(x.dtype)
+            grad_x = (wide @ weight.to(rounding).to(dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             rows = wide.reshape(-1, wide.shape[-1])
             grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(dtype)).to(weight.dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None

@@ -114,10 +114,10 @@ def _grouped_ffn(
     dtype = product_dtype(x.dtype, x.device)
     hidden = x.new_empty(x.shape[0], gate_up.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for expert, rows in _experts(offsets, x, gate_up):
-        _multiply(x[rows].to(dtype), _weight(gate_up, expert, x, dtype).T, hidden[rows])
+    for expert, rows in experts_with_rows(offsets, len(x), len(gate_up)):
+        _multiply(x[rows].to(dtype), weight_in(gate_up, expert, x, dtype).T, hidden[rows])
         activated = _swiglu(hidden[rows].to(dtype))
-        _multiply(activated, _weight(down, expert, x, dtype).T, y[rows])
+        _multiply(activated, weight_in(down, expert, x, dtype).T, y[rows])
     return y, hidden
 
 
@@ -134,19 +134,19 @@ def _grouped_ffn_backward(
     dtype = product_dtype(x.dtype, x.device)
     grad_x = torch.empty_like(x)
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    for expert, rows in _experts(offsets, x, gate_up):
+    for expert, rows in experts_with_rows(offsets, len(x), len(gate_up)):
         wide = grad[rows].to(dtype)
         gate, up = hidden[rows].to(dtype).chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         _multiply(wide.T, silu * up, grad_down[expert])
-        grad_activated = wide @ _weight(down, expert, x, dtype)
+        grad_activated = wide @ weight_in(down, expert, x, dtype)
         grad_up = grad_activated * silu
         # silu' = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid)
         grad_gate = grad_activated.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
         grad_hidden = torch.cat((grad_gate, grad_up), -1)
         _multiply(grad_hidden.T, x[rows].to(dtype), grad_gate_up[expert])
-        _multiply(grad_hidden, _weight(gate_up, expert, x, dtype), grad_x[rows])
+        _multiply(grad_hidden, weight_in(gate_up, expert, x, dtype), grad_x[rows])
     return grad_x, grad_gate_up, grad_down
 
 
@@ -278,12 +278,18 @@ def expert_means(routing: Routing, is_token: Tensor | None = None) -> tuple[Tens
     return counts.to(probabilities.dtype) / num_tokens, probabilities.sum(0) / num_tokens
 
 
-def _experts(offsets: Tensor, x: Tensor, gate_up: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield the experts that have rows, and their rows."""
+def experts_with_rows(
+    offsets: Tensor, num_rows: int, num_experts: int
+) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and its rows.
+
+    Raises:
+        ValueError: offsets [E + 1] that do not rise from 0 to `num_rows`.
+    """
     bounds = offsets.tolist()
-    if len(bounds) != len(gate_up) + 1 or bounds[0] != 0 or bounds[-1] != len(x):
+    if len(bounds) != num_experts + 1 or bounds[0] != 0 or bounds[-1] != num_rows:
         raise ValueError(
-            f"offsets must be {len(gate_up) + 1} numbers from 0 to R = {len(x)}; got {bounds}"
+            f"offsets must be {num_experts + 1} numbers from 0 to R = {num_rows}; got {bounds}"
         )
     for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop < start:
@@ -292,7 +298,8 @@ def _experts(offsets: Tensor, x: Tensor, gate_up: Tensor) -> Iterator[tuple[int,
             yield expert, slice(start, stop)
 
 
-def _weight(weights: Tensor, expert: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_in(weights: Tensor, expert: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of one expert, rounded to the dtype of `x`, in the dtype of products."""
     return weights[expert].to(x.dtype).to(dtype)
 
 
@@ -321,7 +328,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         slots, rows = ctx.saved_tensors
-        by_slot = _rows_by_slot(grad, slots, rows)
+        by_slot = rows_by_slot(grad, slots, rows)
         return sum(by_slot.view(-1, ctx.top_k, grad.shape[1]).unbind(1)), None, None, None
 
 
@@ -329,7 +336,7 @@ class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slots, rows)
-        by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
+        by_slot = rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
         return torch.bmm(weights[:, None].to(y.dtype), by_slot)[:, 0]
 
     @staticmethod
@@ -338,13 +345,13 @@ class _CombineRows(torch.autograd.Function):
         top_k = weights.shape[1]
         grad_y = grad.index_select(0, slots // top_k)
         grad_y *= weights.reshape(-1)[slots, None].to(grad.dtype)
-        by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
+        by_slot = rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
         grad_weights = torch.bmm(by_slot, grad[..., None])[..., 0].to(weights.dtype)
         return grad_y, grad_weights, None, None
 
 
-def _rows_by_slot(y: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    """Return [S, D]: the row of each slot, 0 for dropped slots."""
+def rows_by_slot(y: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """Return [S, D]: the row of each slot, 0 for dropped slots; see `Grouping`."""
     if len(slots) == len(rows):
         return y.index_select(0, rows)
     by_slot = y.new_zeros(len(rows), y.shape[1])

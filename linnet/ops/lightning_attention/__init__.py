@@ -8,6 +8,7 @@ step. The README of this folder explains the operator.
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linnet.ops.documents import document_bounds
@@ -17,9 +18,10 @@ from linnet.ops.lightning_attention.recurrent import decode_step
 from linnet.ops.lightning_attention.reference import reference
 from linnet.ops.matmul import wide, wide_dtype
 
-__all__ = ["Backend", "lightning_attention"]
+__all__ = ["Activation", "Backend", "lightning_attention"]
 
 Backend = Literal["native", "chunked", "recurrent", "reference"]
+Activation = Literal["silu"]
 
 
 def lightning_attention(
@@ -31,6 +33,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     return_state: bool = True,
     backend: Backend | None = None,
+    activation: Activation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with exponential decay, in time linear in T.
 
@@ -51,6 +54,8 @@ def lightning_attention(
         return_state: whether the final states are wanted.
         backend: "native" (C++, fp32 and bf16 on the CPU), "chunked" (torch), "recurrent" (T = 1) or
             "reference"; None takes the fastest that can do it.
+        activation: "silu" passes q, k and v through SiLU first; the backward pass keeps them as
+            they are given.
 
     Returns:
         o: [B, T, H, V] in `v.dtype`, and the final states [B or N, H, K, V], fp32 (fp64 for fp64
@@ -63,6 +68,8 @@ def lightning_attention(
     Reference: MiniMax-01, section 2.2.
     """
     check_arguments(q, k, v, decay, initial_state, cu_seqlens)
+    if activation not in (None, *get_args(Activation)):
+        raise ValueError(f"activation {activation!r} is neither None nor 'silu'")
     if backend is None:
         needs_grad = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, initial_state)
@@ -71,8 +78,13 @@ def lightning_attention(
         backend = "recurrent" if is_step else None
     if backend in (None, "native", "chunked"):
         implementation = backend or "auto"
-        o, state = lightning_attention_op(q, k, v, decay, initial_state, cu_seqlens, implementation)
-    elif backend == "recurrent":
+        o, state = lightning_attention_op(
+            q, k, v, decay, initial_state, cu_seqlens, implementation, activation == "silu"
+        )
+        return o, state if return_state else None
+    if activation == "silu":
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    if backend == "recurrent":
         if q.shape[1] != 1 or cu_seqlens is not None:
             packed = "" if cu_seqlens is None else " with cu_seqlens"
             raise ValueError(

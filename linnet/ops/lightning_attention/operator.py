@@ -9,6 +9,7 @@ import logging
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linnet.ops.lightning_attention import chunked, native
@@ -28,14 +29,17 @@ def lightning_attention_op(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     implementation: str,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward pass; arguments and results as in `linnet.lightning_attention`."""
     module = _choose(q, v, implementation)
+    if silu:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
     return module.forward(q, k, v, decay, initial_state, cu_seqlens)
 
 
 @lightning_attention_op.register_fake
-def _(q, k, v, decay, initial_state, cu_seqlens, implementation):
+def _(q, k, v, decay, initial_state, cu_seqlens, implementation, silu):
     return v.new_empty(v.shape), _empty_state(q, v, cu_seqlens)
 
 
@@ -50,14 +54,22 @@ def backward_op(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     implementation: str,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial state."""
     module = _choose(q, v, implementation)
-    return module.backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
+    activated = [F.silu(x) for x in (q, k, v)] if silu else (q, k, v)
+    *grads, grad_state = module.backward(
+        grad_o, grad_state, *activated, decay, initial_state, cu_seqlens
+    )
+    if silu:
+        silu_backward = torch.ops.aten.silu_backward
+        grads = [silu_backward(grad, x) for grad, x in zip(grads, (q, k, v), strict=True)]
+    return *grads, grad_state
 
 
 @backward_op.register_fake
-def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, implementation):
+def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, implementation, silu):
     state = _empty_state(q, v, cu_seqlens)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), state
 
@@ -65,16 +77,16 @@ def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, implementat
 def _setup_context(ctx, inputs, output) -> None:
     del output
     ctx.save_for_backward(*inputs[:6])
-    ctx.implementation = inputs[6]
+    ctx.options = inputs[6:]
 
 
 def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
     q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
     grad_q, grad_k, grad_v, grad_initial = backward_op(
-        grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, ctx.implementation
+        grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, *ctx.options
     )
     wants_state = initial_state is not None and ctx.needs_input_grad[4]
-    return grad_q, grad_k, grad_v, None, grad_initial if wants_state else None, None, None
+    return grad_q, grad_k, grad_v, None, grad_initial if wants_state else None, None, None, None
 
 
 lightning_attention_op.register_autograd(_backward, setup_context=_setup_context)

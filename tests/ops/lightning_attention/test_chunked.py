@@ -225,6 +225,6 @@ def test_custom_ops_pass_opcheck(offsets, make_inputs, decay):
     offsets = None if offsets is None else torch.tensor(offsets)
     inputs = make_inputs(7, batch=1, states=1 if offsets is None else 3, dtype=torch.float32)
     q, k, v, state = (x.requires_grad_() for x in inputs.values())
-    torch.library.opcheck(lightning_attention_op, (q, k, v, decay, state, offsets, "auto"))
+    torch.library.opcheck(lightning_attention_op, (q, k, v, decay, state, offsets, "auto", True))
     args = [x.detach() for x in (v, state, q, k, v, decay, state)]
-    torch.library.opcheck(backward_op, (*args, offsets, "auto"))
+    torch.library.opcheck(backward_op, (*args, offsets, "auto", True))
