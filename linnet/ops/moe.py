@@ -114,7 +114,7 @@ def _grouped_ffn(
     dtype = product_dtype(x.dtype, x.device)
     hidden = x.new_empty(x.shape[0], gate_up.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for expert, rows in experts_with_rows(offsets, len(x), len(gate_up)):
+    for expert, rows in _experts_with_rows(offsets, len(x), len(gate_up)):
         _multiply(x[rows].to(dtype), weight_in(gate_up, expert, x, dtype).T, hidden[rows])
         activated = _swiglu(hidden[rows].to(dtype))
         _multiply(activated, weight_in(down, expert, x, dtype).T, y[rows])
@@ -134,7 +134,7 @@ def _grouped_ffn_backward(
     dtype = product_dtype(x.dtype, x.device)
     grad_x = torch.empty_like(x)
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    for expert, rows in experts_with_rows(offsets, len(x), len(gate_up)):
+    for expert, rows in _experts_with_rows(offsets, len(x), len(gate_up)):
         wide = grad[rows].to(dtype)
         gate, up = hidden[rows].to(dtype).chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
@@ -278,7 +278,7 @@ def expert_means(routing: Routing, is_token: Tensor | None = None) -> tuple[Tens
     return counts.to(probabilities.dtype) / num_tokens, probabilities.sum(0) / num_tokens
 
 
-def experts_with_rows(
+def _experts_with_rows(
     offsets: Tensor, num_rows: int, num_experts: int
 ) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has rows, and its rows.
@@ -328,7 +328,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         slots, rows = ctx.saved_tensors
-        by_slot = rows_by_slot(grad, slots, rows)
+        by_slot = _rows_by_slot(grad, slots, rows)
         return sum(by_slot.view(-1, ctx.top_k, grad.shape[1]).unbind(1)), None, None, None
 
 
@@ -336,7 +336,7 @@ class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slots, rows)
-        by_slot = rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
+        by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
         return torch.bmm(weights[:, None].to(y.dtype), by_slot)[:, 0]
 
     @staticmethod
@@ -345,12 +345,12 @@ class _CombineRows(torch.autograd.Function):
         top_k = weights.shape[1]
         grad_y = grad.index_select(0, slots // top_k)
         grad_y *= weights.reshape(-1)[slots, None].to(grad.dtype)
-        by_slot = rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
+        by_slot = _rows_by_slot(y, slots, rows).view(*weights.shape, y.shape[1])
         grad_weights = torch.bmm(by_slot, grad[..., None])[..., 0].to(weights.dtype)
         return grad_y, grad_weights, None, None
 
 
-def rows_by_slot(y: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+def _rows_by_slot(y: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     """Return [S, D]: the row of each slot, 0 for dropped slots; see `Grouping`."""
     if len(slots) == len(rows):
         return y.index_select(0, rows)

@@ -1,25 +1,25 @@
 """The expert feed-forward of routed tokens on one device, from tokens to their weighted sums.
 
 Where the C++ kernels are, tokens without gradients take one native call. With gradients the
-products are torch's and everything between them is native; the backward pass keeps the tokens and
-the pre-activations of the experts, and forms rows, activations and slot results again. Elsewhere
-the parts of `moe.py` are put together.
+backward pass keeps the tokens and the pre-activations of the experts, and forms the rest again.
+Elsewhere the parts of `moe.py` are put together.
+
+Slots: token t has the slots t*k .. t*k + k - 1, S = T*k in all.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from linnet.ops.matmul import product_dtype
 from linnet.ops.moe import (
-    Grouping,
     Routing,
     combine_rows,
-    experts_with_rows,
     few_tokens_ffn,
     gather_rows,
     group_by_expert,
     grouped_ffn,
-    rows_by_slot,
     weight_in,
 )
 from linnet.ops.native import elementwise, products
@@ -54,59 +54,91 @@ def routed_ffn(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Te
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not needs_grad and 0 < routing.experts.numel() <= FEW_SLOTS:
         return few_tokens_ffn(x, routing, gate_up, down)
-    is_native = takes(*inputs)
-    if not needs_grad and is_native and product_dtype(x.dtype, x.device) == torch.float32:
-        same = gate_up.dtype == down.dtype == x.dtype
-        pair = (gate_up, down) if same else (gate_up.to(x.dtype), down.to(x.dtype))
-        return products.experts_ffn(x, routing.experts, routing.weights, *pair)
+    if takes(*inputs):
+        if needs_grad or product_dtype(x.dtype, x.device) != torch.float32:
+            return _RoutedFFN.apply(x, routing.weights, gate_up, down, _slot_experts(routing))
+        return _native_ffn(x, routing.weights, gate_up, down, _slot_experts(routing))
     grouping = group_by_expert(routing, num_experts)
-    if is_native:
-        return _RoutedFFN.apply(x, routing.weights, gate_up, down, grouping)
     rows = gather_rows(x, grouping, routing.experts.shape[1])
     y = grouped_ffn(rows, gate_up, down, grouping.offsets)
     return combine_rows(y, grouping, routing.weights)
 
 
+def _slot_experts(routing: Routing) -> Tensor:
+    """Return [T, k] int64 expert of each slot, -1 for dropped slots."""
+    if routing.kept is None:
+        return routing.experts
+    return torch.where(routing.kept, routing.experts, -1)
+
+
+def _native_ffn(
+    x: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    # Rounded as the activations are, so that training and inference multiply the same numbers.
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    return products.experts_ffn(x, experts, weights, gate_up, down, hidden)
+
+
+def _torch_ffn(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, hidden: Tensor
+) -> Tensor:
+    dtype = product_dtype(x.dtype, x.device)
+    y = x.new_zeros(experts.numel(), x.shape[1])
+    for expert, slots in _slots_by_expert(experts, len(down)):
+        hidden[slots] = (
+            x[slots // experts.shape[1]].to(dtype) @ weight_in(gate_up, expert, x, dtype).T
+        )
+        activated = elementwise.swiglu(hidden[slots], dtype)
+        y[slots] = activated @ weight_in(down, expert, x, dtype).T
+    return torch.bmm(weights[:, None].to(y.dtype), y.view(*experts.shape, -1))[:, 0]
+
+
+def _slots_by_expert(experts: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield each expert that has slots, and these [n] int64."""
+    flat = experts.flatten()
+    order = torch.argsort(flat, stable=True)
+    # Dropped slots, -1, come first.
+    counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
+    for expert, slots in enumerate(order.split(counts), -1):
+        if expert >= 0 and len(slots):
+            yield expert, slots
+
+
 class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, grouping: Grouping
+        ctx, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor
     ) -> Tensor:
-        dtype, top_k = product_dtype(x.dtype, x.device), weights.shape[1]
-        hidden = x.new_empty(len(grouping.slots), gate_up.shape[1])
-        y = x.new_empty(len(grouping.slots), x.shape[1])
-        for expert, rows in experts_with_rows(grouping.offsets, len(y), len(down)):
-            tokens = grouping.slots[rows] // top_k
-            hidden[rows] = x[tokens].to(dtype) @ weight_in(gate_up, expert, x, dtype).T
-            activated = elementwise.swiglu(hidden[rows], dtype)
-            y[rows] = activated @ weight_in(down, expert, x, dtype).T
-        ctx.save_for_backward(x, weights, gate_up, down, hidden, *grouping)
-        by_slot = rows_by_slot(y, grouping.slots, grouping.rows).view(*weights.shape, x.shape[1])
-        return torch.bmm(weights[:, None].to(y.dtype), by_slot)[:, 0]
+        hidden = x.new_empty(experts.numel(), gate_up.shape[1])
+        ctx.save_for_backward(x, weights, gate_up, down, experts, hidden)
+        is_wide = product_dtype(x.dtype, x.device) == torch.float32
+        ffn = _native_ffn if is_wide else _torch_ffn
+        return ffn(x, weights, gate_up, down, experts, hidden)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weights, gate_up, down, hidden, *parts = ctx.saved_tensors
-        grouping = Grouping(*parts)
-        dtype, top_k = product_dtype(x.dtype, x.device), weights.shape[1]
-        slot_weights = weights.reshape(-1)[grouping.slots]  # [R]
-        grad_rows, dots = x.new_empty(len(hidden), x.shape[1]), torch.empty(len(hidden))
+        x, weights, gate_up, down, experts, hidden = ctx.saved_tensors
+        dtype, top_k = product_dtype(x.dtype, x.device), experts.shape[1]
+        slot_weights = weights.flatten()
+        grad_slots, dots = x.new_zeros(len(hidden), x.shape[1]), torch.zeros(len(hidden))
         grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        for expert, rows in experts_with_rows(grouping.offsets, len(hidden), len(down)):
-            tokens = grouping.slots[rows] // top_k
-            grad_y = grad[tokens].to(dtype).mul_(slot_weights[rows, None].to(dtype))
+        for expert, slots in _slots_by_expert(experts, len(down)):
+            tokens = slots // top_k
+            grad_y = grad[tokens].to(dtype).mul_(slot_weights[slots, None].to(dtype))
             grad_activated = grad_y @ weight_in(down, expert, x, dtype)
-            grad_hidden, activated, dots[rows] = elementwise.swiglu_backward(
-                grad_activated, hidden[rows]
+            grad_hidden, activated, dots[slots] = elementwise.swiglu_backward(
+                grad_activated, hidden[slots]
             )
             grad_down[expert] = grad_y.T @ activated
             grad_gate_up[expert] = grad_hidden.T @ x[tokens].to(dtype)
-            grad_rows[rows] = grad_hidden @ weight_in(gate_up, expert, x, dtype)
+            grad_slots[slots] = (grad_hidden @ weight_in(gate_up, expert, x, dtype)).to(x.dtype)
         # d loss / d w = grad . y = (W2^T grad) . activated, here with w grad for grad. A weight
         # that underflowed to 0 gets none: its probability, the next factor, is 0 as well.
         dots = torch.where(slot_weights != 0, dots / slot_weights, 0)
-        grad_weights = torch.zeros_like(weights).view(-1)
-        grad_weights[grouping.slots] = dots.to(weights.dtype)
-        by_slot = rows_by_slot(grad_rows, grouping.slots, grouping.rows)
-        grad_x = sum(by_slot.view(*weights.shape, x.shape[1]).unbind(1))
-        return grad_x, grad_weights.view_as(weights), grad_gate_up, grad_down, None
+        grad_x = sum(grad_slots.view(*experts.shape, x.shape[1]).unbind(1))
+        return grad_x, dots.view_as(weights).to(weights.dtype), grad_gate_up, grad_down, None

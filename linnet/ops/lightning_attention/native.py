@@ -95,7 +95,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial states."""
     q, k, v, grad_o = (_with_dense_heads(x) for x in (q, k, v, grad_o))
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     sequences = _sequences(q, cu_seqlens)
     grad_initial = _empty_state(q, v, sequences)
     _call(
@@ -106,10 +106,10 @@ def backward(
         sequences,
         initial_state,
         grad_initial,
-        grads,
+        (grad_q, grad_k, grad_v),
         grad_state,
     )
-    return *grads, grad_initial
+    return grad_q, grad_k, grad_v, grad_initial
 
 
 def _call(

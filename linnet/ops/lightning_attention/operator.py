@@ -58,14 +58,15 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial state."""
     module = _choose(q, v, implementation)
-    activated = [F.silu(x) for x in (q, k, v)] if silu else (q, k, v)
-    *grads, grad_state = module.backward(
-        grad_o, grad_state, *activated, decay, initial_state, cu_seqlens
-    )
+    pre_activations = q, k, v
+    if silu:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    grads = module.backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
     if silu:
         silu_backward = torch.ops.aten.silu_backward
-        grads = [silu_backward(grad, x) for grad, x in zip(grads, (q, k, v), strict=True)]
-    return *grads, grad_state
+        grad_q, grad_k, grad_v = map(silu_backward, grads[:3], pre_activations)
+        return grad_q, grad_k, grad_v, grads[3]
+    return grads
 
 
 @backward_op.register_fake

@@ -21,7 +21,7 @@ class _LinearArgs(ctypes.Structure):
 
 class _ExpertsArgs(ctypes.Structure):
     _fields_ = (
-        *fields(Matrix, "x", "y"),
+        *fields(Matrix, "x", "y", "hidden"),
         *fields(ctypes.c_void_p, "gate_up", "down", "experts", "weights"),
         *fields(ctypes.c_int64, "num_tokens", "top_k", "num_experts", "dim", "width"),
         *fields(ctypes.c_int32, "weights_are_bf16", "num_threads"),
@@ -40,15 +40,21 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def experts_ffn(
-    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Return the weighted sum over each token's experts, which are read once.
 
     Args:
         x: [T, D] tokens.
-        experts: [T, k] int64.
+        experts: [T, k] int64, -1 where a slot is dropped.
         weights: [T, k] fp32.
         gate_up, down: [E, 2F, D], [E, D, F] of one dtype.
+        hidden: [T * k, 2F], takes the pre-activations of each slot, if given.
 
     Returns:
         [T, D] in `x.dtype`.
@@ -56,7 +62,7 @@ def experts_ffn(
     x, gate_up, down = dense_rows(x), gate_up.contiguous(), down.contiguous()
     experts, weights = experts.contiguous(), weights.float().contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    args = _ExpertsArgs(matrix(x), matrix(y))
+    args = _ExpertsArgs(matrix(x), matrix(y), matrix(hidden))
     args.gate_up, args.down = pointer(gate_up), pointer(down)
     args.experts, args.weights = pointer(experts), pointer(weights)
     args.num_tokens, args.top_k = experts.shape

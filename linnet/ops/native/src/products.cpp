@@ -36,8 +36,9 @@ struct LinearArgs {
 
 struct ExpertsArgs {
   Matrix x, y;               // [T, D] tokens, [T, D] result
+  Matrix hidden;             // [T * k, 2F] pre-activations by slot, not written if data is null
   const void *gate_up, *down;  // [E, 2F, D], [E, D, F]
-  const int64_t* experts;    // [T, k] chosen expert of each slot
+  const int64_t* experts;    // [T, k] chosen expert of each slot, -1 for dropped slots
   const float* weights;      // [T, k]
   int64_t num_tokens, top_k, num_experts, dim, width;
   int32_t weights_are_bf16, num_threads;
@@ -75,10 +76,12 @@ struct Grouping {
   explicit Grouping(const ExpertsArgs& a)
       : order(a.num_tokens * a.top_k), bounds(a.num_experts + 1) {
     const int64_t slots = a.num_tokens * a.top_k;
-    for (int64_t s = 0; s < slots; s++) bounds[a.experts[s] + 1]++;
+    for (int64_t s = 0; s < slots; s++)
+      if (a.experts[s] >= 0) bounds[a.experts[s] + 1]++;
     for (int64_t e = 0; e < a.num_experts; e++) bounds[e + 1] += bounds[e];
     std::vector<int64_t> next(bounds);
-    for (int64_t s = 0; s < slots; s++) order[next[a.experts[s]]++] = s;
+    for (int64_t s = 0; s < slots; s++)
+      if (a.experts[s] >= 0) order[next[a.experts[s]]++] = s;
   }
 };
 
@@ -89,6 +92,8 @@ void expert_block(const ExpertsArgs& a, const int64_t* slots, int64_t rows, cons
   const int64_t y_stride = num_panels(a.dim) * PANEL;
   for (int64_t i = 0; i < rows; i++) read_row(a.x, slots[i] / a.top_k, a.dim, x + i * a.dim);
   multiply_panels(rows, 2 * a.width, a.dim, x, gate_up, hidden, hidden_stride);
+  for (int64_t i = 0; a.hidden.data && i < rows; i++)
+    write_row(a.hidden, slots[i], 2 * a.width, hidden + i * hidden_stride);
   float* activated = hidden;  // row i moves to i * width, never past what is still to be read
   for (int64_t i = 0; i < rows; i++) {
     const float *gate = hidden + i * hidden_stride, *up = gate + a.width;
@@ -103,11 +108,12 @@ void expert_block(const ExpertsArgs& a, const int64_t* slots, int64_t rows, cons
 }
 
 void add_up_slots(const ExpertsArgs& a, const float* results, int64_t token, float* sum) {
-  for (int64_t k = 0; k < a.top_k; k++) {
-    const int64_t slot = token * a.top_k + k;
+  std::fill(sum, sum + a.dim, 0.0f);
+  for (int64_t slot = token * a.top_k; slot < (token + 1) * a.top_k; slot++) {
+    if (a.experts[slot] < 0) continue;
     const float weight = a.weights[slot];
     const float* result = results + slot * a.dim;
-    for (int64_t j = 0; j < a.dim; j++) sum[j] = (k ? sum[j] : 0.0f) + weight * result[j];
+    for (int64_t j = 0; j < a.dim; j++) sum[j] += weight * result[j];
   }
   write_row(a.y, token, a.dim, sum);
 }
@@ -156,10 +162,10 @@ extern "C" void linnet_experts(const linnet::ExpertsArgs* args) {
   constexpr int64_t PART = 4096;
   for (int64_t first = 0; first < args->num_tokens; first += PART) {
     linnet::ExpertsArgs part = *args;
-    const auto skip = [&](linnet::Matrix& m) {
-      m.data = static_cast<char*>(m.data) + first * m.stride * (m.is_bf16 ? 2 : 4);
+    const auto skip = [](linnet::Matrix& m, int64_t rows) {
+      if (m.data) m.data = static_cast<char*>(m.data) + rows * m.stride * (m.is_bf16 ? 2 : 4);
     };
-    skip(part.x), skip(part.y);
+    skip(part.x, first), skip(part.y, first), skip(part.hidden, first * part.top_k);
     part.experts += first * part.top_k, part.weights += first * part.top_k;
     part.num_tokens = std::min(PART, args->num_tokens - first);
     linnet::experts(part);
