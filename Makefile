@@ -15,13 +15,13 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all check bench clean
+.PHONY: help run test test-all check bench bench-million bench-gpu clean
 
 help: ## show this list
 	@echo "linnet: train, load and run hybrid lightning-attention language models"
 	@echo
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
-		while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		while IFS='	' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "  PYTHON=python3.12     which Python to use (3.11 or newer)"
 	@echo "  TORCH_OPTIONS=...     pip options for torch, such as --index-url"
@@ -41,9 +41,19 @@ check: $(VENV)/dev.stamp ## check format, lint, types and spelling
 	$(BIN)/basedpyright
 	$(BIN)/codespell
 
-bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results
+bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results (15 minutes)
+	$(BIN)/python benchmarks/lightning_attention.py
 	$(BIN)/python benchmarks/bench_94m.py
 	$(BIN)/python scripts/readme_figures.py
+	$(BIN)/python scripts/performance_page.py
+
+bench-million: $(VENV)/dev.stamp ## prefill a million tokens and draw docs/million.png
+	$(BIN)/python benchmarks/million.py
+	$(BIN)/python scripts/performance_page.py
+
+bench-gpu: $(VENV)/dev.stamp ## measure the GPU of this machine
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python scripts/performance_page.py
 
 clean: ## delete .venv, caches and build output; runs/ stays
 	rm -rf $(VENV) build dist htmlcov .pytest_cache .ruff_cache .coverage

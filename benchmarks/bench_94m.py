@@ -1,18 +1,25 @@
 """linnet against transformers on one model and the same weights: training, prefill, decode.
 
-    python benchmarks/bench_94m.py [--dtype bfloat16] [--pairs 5]
+    python benchmarks/bench_94m.py [--dtype bfloat16] [--pairs 5] [--lengths 2048 8192 32768]
 
 Both run in one process, in turn. The model is the preset `bench-94m` with whole-head rotary and
 transformers' slopes, since its class has no other. Logits are compared in fp32 before anything is
 timed. Peak memory is that of a process that runs one side alone.
+
+Each row says what share of this machine's limit linnet reaches. For training and prefill that is
+the rate of a large product, with FLOPs as `linnet.model.cost` counts them; for decode the rate of
+reading memory, with the bytes of the weights that a step needs.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +27,27 @@ from typing import Any
 import torch
 from harness import compare, machine_facts, write_result
 
-from linnet.model import Model, preset
+from linnet.model import Model, ModelConfig, preset
+from linnet.model.config import SOFTMAX
+from linnet.model.cost import forward_flops, training_flops
 from linnet.model.init import initialize
 from linnet.model.weights import build_model, load_model
 from linnet.ops import cross_entropy
 
 BATCH, LENGTH, PREFILL, CONTEXT, STEPS = 4, 1024, 8192, 256, 16
+LENGTHS = (2048, 8192, 32_768)
+SEQUENCES = 16
+TRAINING_PAIRS, PAIRS = 3, 5  # a pair of training steps takes half a minute
 
 
 def main() -> None:
     """Run the comparison, or one side's memory measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="default: 3 of training, 5 of everything else")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prefill alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", choices=("linnet", "transformers"))
     parser.add_argument("--folder")
@@ -50,34 +65,186 @@ def main() -> None:
 
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Check, then time all three modes."""
+    """Check, then time every mode."""
     agreement = logit_difference(folder)
     if agreement > 1e-4:
         raise SystemExit(f"logits differ by {agreement}; nothing is timed before they agree")
     ours, theirs = load_ours(folder, args.dtype), load_theirs(folder, args.dtype)
+    machine = machine_facts(args.threads)
     values: dict[str, Any] = {
         "model": "bench-94m",
         "dtype": args.dtype,
         "fp32_logit_difference": agreement,
-        "machine": machine_facts(args.threads),
+        "machine": machine,
     }
-    values["training"] = per_second(
-        compare(training_step(ours), their_training_step(theirs), args.pairs), BATCH * LENGTH
-    )
+    values["training"] = time_training(ours, theirs, args.pairs or TRAINING_PAIRS, machine)
     ours.eval(), theirs.eval()
-    tokens = random_tokens(1, PREFILL)
+    pairs = args.pairs or PAIRS
     with torch.inference_mode():
-        values["prefill"] = per_second(
-            compare(
-                lambda: ours(tokens, cache=ours.new_cache(), logits_to_keep=1),
-                lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
-                args.pairs,
-            ),
-            PREFILL,
-        )
-        values["decode"] = per_second(
-            compare(decode_loop(ours), their_decode_loop(theirs), args.pairs), STEPS
-        )
+        values["prefill"] = time_prefill(ours, theirs, pairs, machine)
+        values["prefill_lengths"] = time_lengths(ours, args.lengths, pairs, machine)
+        values["decode"] = time_decode(ours, theirs, pairs, machine)
+        values["decode_16"] = time_sequences(ours, pairs, machine)
+        small = int8(folder, args.dtype)
+        difference = relative_logit_difference(small, ours)
+        values["decode_int8"] = {
+            **time_decode(small, theirs, pairs, machine),
+            "relative_logit_difference": difference,
+        }
+    return values | compare_memory(folder, args)
+
+
+def time_training(
+    ours: Model, theirs: Any, pairs: int, machine: dict[str, Any]
+) -> dict[str, Any]:  # Any: transformers is untyped here
+    """Time forward and backward passes."""
+    row = per_second(
+        compare(training_step(ours), their_training_step(theirs), pairs), BATCH * LENGTH
+    )
+    flops = training_flops(ours.config, LENGTH) / LENGTH
+    return row | of_products(flops * row["ours_tokens_per_s"], machine)
+
+
+def time_prefill(
+    ours: Model, theirs: Any, pairs: int, machine: dict[str, Any]
+) -> dict[str, Any]:  # Any: transformers is untyped here
+    """Time one prompt from an empty cache to the logits of its last token."""
+    tokens = random_tokens(1, PREFILL)
+    row = per_second(
+        compare(
+            lambda: ours(tokens, cache=ours.new_cache(), logits_to_keep=1),
+            lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
+            pairs,
+        ),
+        PREFILL,
+    )
+    return row | of_products(prefill_flops(ours.config, PREFILL) / row["ours_s"], machine)
+
+
+def time_lengths(
+    model: Model, lengths: list[int], repeats: int, machine: dict[str, Any]
+) -> dict[str, Any]:
+    """Time our prefill alone at several lengths, in turn, with the softmax layers' operator apart.
+
+    `flatness` is the slowest over the fastest length's tokens/s outside of that operator.
+    """
+    prefill_seconds(model, min(lengths))  # warm-up
+    seconds: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
+    for _, (length, runs) in itertools.product(range(repeats), seconds.items()):
+        runs.append(prefill_seconds(model, length))
+    rows = []
+    for length, runs in seconds.items():
+        total_s, softmax_s = (statistics.median(column) for column in zip(*runs, strict=True))
+        row = {
+            "tokens": length,
+            "ours_s": total_s,
+            "ours_s_min": min(total for total, _ in runs),
+            "ours_s_max": max(total for total, _ in runs),
+            "ours_tokens_per_s": length / total_s,
+            "softmax_share": softmax_s / total_s,
+            "tokens_per_s_without_softmax": length / (total_s - softmax_s),
+        }
+        flops = prefill_flops(model.config, length)
+        rows.append(row | of_products(flops / total_s, machine))
+    speeds = [row["tokens_per_s_without_softmax"] for row in rows]
+    return {"repeats": repeats, "rows": rows, "flatness": min(speeds) / max(speeds)}
+
+
+def prefill_seconds(model: Model, length: int) -> tuple[float, float]:
+    """Return the seconds of one prefill, and of the softmax layers' operator within it."""
+    tokens, spent = random_tokens(1, length), [0.0]
+    layers = [
+        layer.self_attn
+        for layer, kind in zip(model.layers, model.config.attn_type_list, strict=True)
+        if kind == SOFTMAX
+    ]
+    originals = [layer.attend for layer in layers]
+    for layer, attend in zip(layers, originals, strict=True):
+        layer.attend = timed(attend, spent)
+    start = time.perf_counter()
+    model(tokens, cache=model.new_cache(), logits_to_keep=1)
+    total_s = time.perf_counter() - start
+    for layer, attend in zip(layers, originals, strict=True):
+        layer.attend = attend
+    return total_s, spent[0]
+
+
+def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """Return `function`, adding its seconds to `spent[0]`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[0] += time.perf_counter() - start
+        return result
+
+    return run
+
+
+def time_decode(
+    ours: Model, theirs: Any, pairs: int, machine: dict[str, Any]
+) -> dict[str, Any]:  # Any: transformers is untyped here
+    """Time greedy steps of one sequence."""
+    row = per_second(compare(decode_loop(ours), their_decode_loop(theirs), pairs), STEPS)
+    return row | of_reading(weight_bytes(ours, 1), row["ours_s"], machine)
+
+
+def time_sequences(model: Model, pairs: int, machine: dict[str, Any]) -> dict[str, Any]:
+    """Time greedy steps of sixteen sequences against one sequence of the same model."""
+    row = compare(decode_loop(model, SEQUENCES), decode_loop(model), pairs)
+    return {
+        "sequences": SEQUENCES,
+        "ours_tokens_per_s": SEQUENCES * STEPS / row["ours_s"],
+        "one_sequence_tokens_per_s": STEPS / row["theirs_s"],
+        "ours_s": row["ours_s"],
+        "one_sequence_s": row["theirs_s"],
+        **{f"speedup{end}": SEQUENCES * row[f"speedup{end}"] for end in ("", "_min", "_max")},
+        "pairs": pairs,
+        **of_reading(weight_bytes(model, SEQUENCES), row["ours_s"], machine),
+    }
+
+
+def int8(folder: Path, dtype: str) -> Model:
+    """Return linnet's model with int8 weights."""
+    from linnet.model.quantize import quantize_int8
+
+    return quantize_int8(load_ours(folder, dtype))
+
+
+def of_products(flops_per_s: float, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of the measured rate of a large product."""
+    share = flops_per_s / machine["matmul_peak_flops"]
+    return {"share_of_limit": share, "limit": "matmul peak"}
+
+
+def of_reading(step_bytes: float, seconds: float, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of the measured rate of reading memory; above 1 a cache holds weights."""
+    share = step_bytes * STEPS / seconds / machine["read_bytes_per_s"]
+    return {"weight_bytes_per_step": step_bytes, "share_of_limit": share, "limit": "memory reads"}
+
+
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    """Return the FLOPs of a prefill whose LM head sees the last token alone."""
+    return forward_flops(config, length) - 2 * config.vocab_size * config.hidden_size * (length - 1)
+
+
+def weight_bytes(model: Model, num_rows: int) -> float:
+    """Return the bytes of the weights that one step of `num_rows` tokens reads.
+
+    Of the experts that is the expected number if each token chooses at random.
+    """
+    config = model.config
+    missed = (1 - config.num_experts_per_tok / config.num_local_experts) ** num_rows
+    total = 0.0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith("embed_tokens"):
+            total += tensor.nbytes * (1 - missed if ".experts." in name else 1)
+    return total
+
+
+def compare_memory(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the peak memory of training on each side, in a process of its own."""
+    values: dict[str, Any] = {}
     for side in ("linnet", "transformers"):
         command = [sys.executable, __file__, "--memory-of", side, "--folder", str(folder)]
         command += ["--dtype", args.dtype, "--threads", str(args.threads)]
@@ -129,6 +296,13 @@ def logit_difference(folder: Path) -> float:
     return float((ours - theirs).abs().max())
 
 
+def relative_logit_difference(model: Model, exact: Model) -> float:
+    """Return how far the logits of two of our models are apart, as a share of their norm."""
+    tokens = random_tokens(1, 600)
+    expected = exact(tokens)
+    return float((model(tokens) - expected).norm() / expected.norm())
+
+
 def training_step(model: Model) -> Callable[[], None]:
     """Return one forward and backward pass over B = 4, T = 1024."""
     model.train()
@@ -156,15 +330,15 @@ def their_training_step(model: Any) -> Callable[[], None]:  # Any: transformers 
     return step
 
 
-def decode_loop(model: Model) -> Callable[[], None]:
+def decode_loop(model: Model, batch: int = 1) -> Callable[[], None]:
     """Return a loop of greedy steps after a prefill that is done once."""
-    cache = model.new_cache()
-    model(random_tokens(1, CONTEXT), cache=cache, logits_to_keep=1)
+    cache = model.new_cache(batch)
+    model(random_tokens(batch, CONTEXT), cache=cache, logits_to_keep=1)
     start = cache.snapshot()
 
     def loop() -> None:
         cache.restore(start)
-        token = torch.tensor([[1]])
+        token = torch.ones(batch, 1, dtype=torch.int64)
         for _ in range(STEPS):
             token = model(token, cache=cache, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
 

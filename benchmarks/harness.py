@@ -42,6 +42,19 @@ def compare(
     }
 
 
+def alone(ours: Callable[[], object], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Time one function, where the other side cannot run; keys as `compare` has them."""
+    for _ in range(warmup):
+        ours()
+    seconds = [_seconds(ours) for _ in range(repeats)]
+    return {
+        "ours_s": statistics.median(seconds),
+        "ours_s_min": min(seconds),
+        "ours_s_max": max(seconds),
+        "pairs": repeats,
+    }
+
+
 def device_name() -> str:
     """Return a folder name for this machine: its processor and what it multiplies in hardware."""
     cpu = str(describe_machine(torch.float32)["cpu"]).lower()
@@ -57,7 +70,13 @@ def machine_facts(threads: int) -> dict[str, Any]:
     facts["threads"] = threads
     facts["native_bf16"] = cpu_has_native_bf16()
     facts["matmul_peak_flops_fp32"] = matmul_peak_flops(torch.float32)
+    peaks = [facts["matmul_peak_flops_fp32"]]
+    if facts["native_bf16"]:
+        facts["matmul_peak_flops_bf16"] = matmul_peak_flops(torch.bfloat16)
+        peaks.append(facts["matmul_peak_flops_bf16"])
+    facts["matmul_peak_flops"] = max(peaks)
     facts["copy_bytes_per_s"] = _copy_rate()
+    facts["read_bytes_per_s"] = _read_rate()
     return facts
 
 
@@ -80,3 +99,9 @@ def _copy_rate() -> float:
     target = torch.empty_like(source)
     best = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2 * source.nbytes / best
+
+
+def _read_rate() -> float:
+    source = torch.ones(2**26)  # 256 MB: more than any cache holds
+    best = min(_seconds(source.sum) for _ in range(5))
+    return source.nbytes / best

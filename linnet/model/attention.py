@@ -6,14 +6,13 @@ Each holds its operator in `attend`, which `linnet.parallel` replaces from outsi
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
+from linnet import ops
 from linnet.model.cache import Cache
 from linnet.model.config import ModelConfig
 from linnet.model.decay import layer_slopes
 from linnet.model.layers import Linear, RMSNorm
-from linnet.ops import apply_rotary, lightning_attention, softmax_attention
 
 
 class Context(NamedTuple):
@@ -23,6 +22,8 @@ class Context(NamedTuple):
     """cos, sin of the positions, each [1, T, rotary_dim / 2] fp32."""
     cache: Cache | None
     cu_seqlens: Tensor | None
+    forms_norms_again: bool = False
+    """Whether the backward pass forms the results of norms again instead of keeping them."""
 
 
 class LightningAttention(nn.Module):
@@ -46,7 +47,7 @@ class LightningAttention(nn.Module):
         rule = config.slope_rule
         self._slopes = layer_slopes(layer, config.num_hidden_layers, self.num_heads, rule)
         self.register_buffer("decay", self._slopes, persistent=False)
-        self.attend = lightning_attention
+        self.attend = ops.lightning_attention
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -72,7 +73,12 @@ class LightningAttention(nn.Module):
         if cache is not None:
             assert state is not None
             cache.set_state(self.layer, state)
-        return self.out_proj(self.norm(o.flatten(-2), gate=self.output_gate(x)))
+        o, gate = o.flatten(-2), self.output_gate(x)
+        gated = self.norm(o, gate)
+        if not context.forms_norms_again:
+            return self.out_proj(gated)
+        with ops.recomputed(gated, lambda: self.norm(o, gate)):
+            return self.out_proj(gated)
 
 
 class SoftmaxAttention(nn.Module):
@@ -87,13 +93,13 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.inner_size, config.hidden_size)
-        self.attend = softmax_attention
+        self.attend = ops.softmax_attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # [B, T, H or G, K]
-        q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
+        q, k = ops.apply_rotary(q, *context.rotary), ops.apply_rotary(k, *context.rotary)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         o = self.attend(q, k, v, cu_seqlens=context.cu_seqlens)

@@ -21,6 +21,7 @@ from linnet.ops.moe import (
     route,
 )
 from linnet.ops.norm import rms_norm
+from linnet.ops.recompute import recomputed
 from linnet.ops.rotary import apply_rotary, rotary_tables
 from linnet.ops.routed import routed_ffn
 from linnet.ops.softmax_attention import softmax_attention
@@ -39,6 +40,7 @@ __all__ = [
     "linear",
     "lm_head",
     "load_balancing_loss",
+    "recomputed",
     "rms_norm",
     "rotary_tables",
     "route",

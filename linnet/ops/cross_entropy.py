@@ -13,7 +13,7 @@ from linnet.ops.matmul import wide
 IGNORE = -100
 """Target value of a position that carries no loss."""
 
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**21
 """Logits formed at a time ..."""
 
 MIN_CHUNK_TOKENS = 128

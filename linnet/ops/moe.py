@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops import moe_triton
 from linnet.ops.matmul import linear, product_dtype, wide
 
 Normalization = Literal["paper", "transformers"]
@@ -42,7 +43,7 @@ class Grouping(NamedTuple):
     rows: Tensor
     """[S] int64 row of each slot (0 for dropped slots, whose weight is 0)."""
     offsets: Tensor
-    """[E + 1] int64 first row of each expert, on the CPU."""
+    """[E + 1] int64 first row of each expert."""
 
 
 def route(logits: Tensor, top_k: int, capacity: int | None = None) -> Routing:
@@ -89,9 +90,10 @@ def group_by_expert(routing: Routing, num_experts: int) -> Grouping:
     if routing.kept is not None:
         flat = torch.where(routing.kept.reshape(-1), flat, num_experts)  # dropped slots sort last
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
-    offsets = F.pad(counts.cumsum(0), (1, 0)).cpu()
-    slots = order[: int(offsets[-1])]
+    # Nothing here waits for a GPU as long as no slot can be dropped.
+    borders = torch.arange(num_experts + 1, device=flat.device)
+    offsets = torch.searchsorted(flat[order], borders)
+    slots = order if routing.kept is None else order[: int(offsets[-1])]
     rows = torch.zeros_like(flat)
     rows[slots] = torch.arange(len(slots), device=flat.device)
     return Grouping(slots, rows, offsets)
@@ -111,6 +113,8 @@ def combine_rows(y: Tensor, grouping: Grouping, weights: Tensor) -> Tensor:
 def _grouped_ffn(
     x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if x.is_cuda and moe_triton.unsupported_reason(x, gate_up) is None:
+        return moe_triton.ffn_forward(x, gate_up, down, offsets)
     dtype = product_dtype(x.dtype, x.device)
     hidden = x.new_empty(x.shape[0], gate_up.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -131,6 +135,8 @@ def _(x, gate_up, down, offsets):
 def _grouped_ffn_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cuda and moe_triton.unsupported_reason(x, gate_up) is None:
+        return moe_triton.ffn_backward(grad, x, hidden, gate_up, down, offsets)
     dtype = product_dtype(x.dtype, x.device)
     grad_x = torch.empty_like(x)
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)

@@ -112,6 +112,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if num_queries == 1:
         return F.scaled_dot_product_attention(q, k, v, **grouped)
     past = num_keys - num_queries
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cpu" and q.shape[3] == v.shape[3] and not needs_grad:
+        return _continue_chunk(q, k, v, past, scale)
     key_pos = torch.arange(num_keys, device=q.device)
     parts = []
     for start in range(0, num_queries, QUERY_BLOCK):
@@ -123,3 +126,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         block = q[:, :, start:stop]
         parts.append(F.scaled_dot_product_attention(block, keys, values, attn_mask=mask, **grouped))
     return torch.cat(parts, 2)
+
+
+def _continue_chunk(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float | None) -> Tensor:
+    """Attend to the past without a mask, to the chunk causally, and join the two by their sums."""
+    batch, heads, length, _ = q.shape
+    groups = k.shape[1]
+    # Queries of one group side by side: without a mask their order does not matter.
+    folded = q.reshape(batch, groups, -1, q.shape[3])  # [B, G, H / G * T, K]
+    before, sum_before = _flash(folded, k[:, :, :past], v[:, :, :past], False, scale)
+    own_k, own_v = (x[:, :, past:].repeat_interleave(heads // groups, 1) for x in (k, v))
+    within, sum_within = _flash(q, own_k, own_v, True, scale)
+    sum_before = sum_before.reshape(batch, heads, length)
+    share = torch.sigmoid(sum_before - sum_within)[..., None]  # [B, H, T, 1]
+    return torch.lerp(within, before.reshape(within.shape), share.to(within.dtype))
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the attention [B, H, T, V] and the log of the sum of its exponentials [B, H, T]."""
+    o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, scale=scale
+    )
+    return o, log_sum

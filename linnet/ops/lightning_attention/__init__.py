@@ -1,8 +1,8 @@
 """Lightning attention: one public call over several implementations.
 
-`reference.py` defines the operator. `native.py` (C++) and `chunked.py` (torch) take any length and
-give gradients; `operator.py` registers them and chooses. `recurrent.py` is the single-token decode
-step. The README of this folder explains the operator.
+`reference.py` defines the operator. `native.py` (C++), `triton.py` (GPU) and `chunked.py` (torch)
+take any length and give gradients; `operator.py` registers them and chooses. `recurrent.py` is the
+single-token decode step. The README of this folder explains the operator.
 """
 
 from typing import Literal, get_args
@@ -20,7 +20,7 @@ from linnet.ops.matmul import wide, wide_dtype
 
 __all__ = ["Activation", "Backend", "lightning_attention"]
 
-Backend = Literal["native", "chunked", "recurrent", "reference"]
+Backend = Literal["native", "triton", "chunked", "recurrent", "reference"]
 Activation = Literal["silu"]
 
 
@@ -52,8 +52,8 @@ def lightning_attention(
         cu_seqlens: [N + 1] int32 or int64 offsets of N documents packed along T (B = 1); the state
             starts at `initial_state[n]` at each, and no document sees another. Empty ones are fine.
         return_state: whether the final states are wanted.
-        backend: "native" (C++, fp32 and bf16 on the CPU), "chunked" (torch), "recurrent" (T = 1) or
-            "reference"; None takes the fastest that can do it.
+        backend: "native" (C++, fp32 and bf16 on the CPU), "triton" (GPU), "chunked" (torch),
+            "recurrent" (T = 1) or "reference"; None takes the fastest that can do it.
         activation: "silu" passes q, k and v through SiLU first; the backward pass keeps them as
             they are given.
 
@@ -76,7 +76,7 @@ def lightning_attention(
         )
         is_step = q.shape[1] == 1 and cu_seqlens is None and not needs_grad
         backend = "recurrent" if is_step else None
-    if backend in (None, "native", "chunked"):
+    if backend in (None, "native", "triton", "chunked"):
         implementation = backend or "auto"
         o, state = lightning_attention_op(
             q, k, v, decay, initial_state, cu_seqlens, implementation, activation == "silu"
@@ -85,16 +85,7 @@ def lightning_attention(
     if activation == "silu":
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     if backend == "recurrent":
-        if q.shape[1] != 1 or cu_seqlens is not None:
-            packed = "" if cu_seqlens is None else " with cu_seqlens"
-            raise ValueError(
-                f"backend 'recurrent' takes one token per row; got T = {q.shape[1]}{packed}"
-            )
-        check_decay(decay)
-        if initial_state is None:
-            shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-            initial_state = q.new_zeros(shape, dtype=wide_dtype(q.dtype))
-        o, state = decode_step(q, k, v, decay, initial_state)
+        o, state = _one_step(q, k, v, decay, initial_state, cu_seqlens)
     elif backend == "reference":
         check_decay(decay)
         if cu_seqlens is not None:
@@ -106,3 +97,23 @@ def lightning_attention(
             f"backend {backend!r} is none of {', '.join(map(repr, get_args(Backend)))}"
         )
     return o, state if return_state else None
+
+
+def _one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if q.shape[1] != 1 or cu_seqlens is not None:
+        packed = "" if cu_seqlens is None else " with cu_seqlens"
+        raise ValueError(
+            f"backend 'recurrent' takes one token per row; got T = {q.shape[1]}{packed}"
+        )
+    check_decay(decay)
+    if initial_state is None:
+        shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+        initial_state = q.new_zeros(shape, dtype=wide_dtype(q.dtype))
+    return decode_step(q, k, v, decay, initial_state)

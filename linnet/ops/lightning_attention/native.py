@@ -52,8 +52,9 @@ class _Args(ctypes.Structure):
     )
 
 
-def unsupported_reason(q: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return why the native kernels cannot take these tensors, None if they can."""
+    del k  # of the shape and dtype of q
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
     if q.dtype not in (torch.float32, torch.bfloat16):

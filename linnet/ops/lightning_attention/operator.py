@@ -6,18 +6,16 @@ decided when values are there, inside the operator, so compiled graphs hold one 
 
 import functools
 import logging
-from typing import Literal
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops.lightning_attention import chunked, native
+from linnet.ops.lightning_attention import chunked, native, triton
 from linnet.ops.matmul import wide_dtype
 
 logger = logging.getLogger(__name__)
-
-Implementation = Literal["auto", "chunked", "native"]
 
 
 @torch.library.custom_op("linnet::lightning_attention", mutates_args=())
@@ -32,7 +30,9 @@ def lightning_attention_op(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward pass; arguments and results as in `linnet.lightning_attention`."""
-    module = _choose(q, v, implementation)
+    module = _choose(q, k, v, implementation)
+    if silu and module is triton:
+        return triton.forward(q, k, v, decay, initial_state, cu_seqlens, silu=True)
     if silu:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     return module.forward(q, k, v, decay, initial_state, cu_seqlens)
@@ -57,7 +57,7 @@ def backward_op(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial state."""
-    module = _choose(q, v, implementation)
+    module = _choose(q, k, v, implementation)
     pre_activations = q, k, v
     if silu:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
@@ -93,22 +93,25 @@ def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
 lightning_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _choose(q: Tensor, v: Tensor, implementation: str):
+def _choose(q: Tensor, k: Tensor, v: Tensor, implementation: str) -> ModuleType:
     if implementation == "chunked":
         return chunked
-    reason = native.unsupported_reason(q, v)
+    is_asked_for = implementation != "auto"
+    if not is_asked_for:
+        implementation = "native" if q.device.type == "cpu" else "triton"
+    module = {"native": native, "triton": triton}[implementation]
+    reason = module.unsupported_reason(q, k, v)
     if reason is None:
-        return native
-    if implementation == "native":
-        raise ValueError(f"backend 'native' cannot be used: {reason}")
-    if q.device.type == "cpu":
-        _warn_once(reason)
+        return module
+    if is_asked_for:
+        raise ValueError(f"backend {implementation!r} cannot be used: {reason}")
+    _warn_once(implementation, reason)
     return chunked
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("lightning_attention takes the slower torch path: the native one %s", reason)
+def _warn_once(implementation: str, reason: str) -> None:
+    logger.warning("slower torch path of lightning_attention, not %s: %s", implementation, reason)
 
 
 def _empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

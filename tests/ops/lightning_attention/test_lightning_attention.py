@@ -49,7 +49,7 @@ def test_state_is_returned_only_on_request():
         ({"cu_seqlens": torch.tensor([[0, 4]])}, r"\(1, 2\)"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, r"\(0,\)"),
         ({"cu_seqlens": torch.tensor([0, 4]), "initial_state": torch.ones(2, 2, 3, 5)}, "2, 2, 3"),
-        ({"backend": "fastest"}, "'fastest' is none of 'native', 'chunked'"),
+        ({"backend": "fastest"}, "'fastest' is none of 'native', 'triton'"),
         ({"backend": "recurrent"}, "got T = 4"),
     ],
 )
