@@ -29,7 +29,7 @@ help: ## show this list
 run: $(VENV)/run.stamp ## install linnet, then train a small model and report on it
 	$(BIN)/linnet train recipes/nano.toml --resume
 
-test: $(VENV)/dev.stamp ## run the tests (under two minutes) with coverage
+test: $(VENV)/dev.stamp ## run the tests (a few minutes) with coverage
 	$(PYTEST) --cov=linnet --cov-report=term
 
 test-all: $(VENV)/dev.stamp ## run the slow tests as well
@@ -77,6 +77,7 @@ $(VENV)/torch.stamp: constraints.txt | $(VENV)/python.stamp
 $(VENV)/run.stamp: $(PINS) $(VENV)/torch.stamp
 	@echo "Installing linnet"
 	@$(PIP) install -c constraints.txt -e '.[data,train]'
+	@$(BIN)/python -c 'from linnet.ops.native import library; library()'
 	@touch $@
 
 $(VENV)/dev.stamp: $(PINS) $(VENV)/torch.stamp

@@ -28,10 +28,13 @@ def library() -> ctypes.CDLL | None:
     if wanted is None:
         return None
     try:
-        return ctypes.CDLL(str(build(wanted)))
+        kernels = ctypes.CDLL(str(build(wanted)))
     except (BuildError, OSError) as error:
         logger.warning("no native CPU kernels, the slower torch path is used: %s", error)
         return None
+    if wanted == "amx" and not kernels.linnet_has_tiles():
+        logger.warning("the operating system refuses AMX tiles; slower vectors are used instead")
+    return kernels
 
 
 def level() -> Level | None:

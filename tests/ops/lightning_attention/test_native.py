@@ -11,8 +11,7 @@ from linnet.ops.lightning_attention import operator
 from linnet.ops.lightning_attention.reference import blockwise, parallel, reference
 from linnet.ops.native import compiler
 
-FP32 = 2e-5
-BF16 = 3.5e-3
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3.5e-3}
 
 DOCUMENTS = {
     "no_document": [0],
@@ -22,14 +21,25 @@ DOCUMENTS = {
     "very_different": [0, 1, 700, 703, 960],
 }
 LEVELS = [name for name, needed in compiler._REQUIRED.items() if needed <= compiler._cpu_features()]
+CASES = [
+    # At the emulated level fp32 takes the kernels of "avx512".
+    *((level, torch.float32) for level in LEVELS if level != "amx-emulated"),
+    # bf16 has kernels of its own, in tiles, where there are tiles.
+    *((level, torch.bfloat16) for level in LEVELS if level.startswith("amx")),
+]
 
 
-@pytest.fixture(params=LEVELS, autouse=True)
-def level(request, monkeypatch):
-    monkeypatch.setenv("LINNET_CPU_LEVEL", request.param)
+@pytest.fixture(params=CASES, ids=[f"{level}-{str(x)[6:]}" for level, x in CASES], autouse=True)
+def case(request, monkeypatch):
+    monkeypatch.setenv("LINNET_CPU_LEVEL", request.param[0])
     native.library.cache_clear()
     yield request.param
     native.library.cache_clear()
+
+
+@pytest.fixture
+def dtype(case):
+    return case[1]
 
 
 def op(decay, cu_seqlens=None):
@@ -45,65 +55,69 @@ def plain(decay, cu_seqlens=None, form=parallel):
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1000])
-def test_native_matches_reference(length, make_inputs, decay, assert_agrees):
-    assert_agrees(op(decay), plain(decay), make_inputs(length, dtype=torch.float32), FP32)
+def test_native_matches_reference(length, dtype, make_inputs, decay, assert_agrees):
+    assert_agrees(op(decay), plain(decay), make_inputs(length, dtype=dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(1, 1), (24, 40), (128, 64), (33, 96)])
-def test_any_head_dims_match_reference(key_dim, value_dim, make_inputs, decay, assert_agrees):
-    inputs = make_inputs(150, 1, 3, key_dim, value_dim, dtype=torch.float32)
-    assert_agrees(op(decay), plain(decay), inputs, FP32)
+def test_any_head_dims_match_reference(
+    key_dim, value_dim, dtype, make_inputs, decay, assert_agrees
+):
+    inputs = make_inputs(150, 1, 3, key_dim, value_dim, dtype=dtype)
+    assert_agrees(op(decay), plain(decay), inputs, TOLERANCE[dtype])
 
 
-def test_without_initial_state(make_inputs, decay, assert_agrees):
-    inputs = make_inputs(130, key_dim=16, value_dim=4, dtype=torch.float32)
+def test_without_initial_state(dtype, make_inputs, decay, assert_agrees):
+    inputs = make_inputs(130, key_dim=16, value_dim=4, dtype=dtype)
     del inputs["initial_state"]
-    assert_agrees(op(decay), plain(decay), inputs, FP32)
+    assert_agrees(op(decay), plain(decay), inputs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_packed_matches_reference(documents, make_inputs, decay, assert_agrees):
-    inputs = make_inputs(documents[-1], 1, states=len(documents) - 1, dtype=torch.float32)
+def test_packed_matches_reference(documents, dtype, make_inputs, decay, assert_agrees):
+    inputs = make_inputs(documents[-1], 1, states=len(documents) - 1, dtype=dtype)
     offsets = torch.tensor(documents, dtype=torch.int32)
-    assert_agrees(op(decay, offsets), plain(decay, offsets), inputs, FP32)
+    assert_agrees(op(decay, offsets), plain(decay, offsets), inputs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_one_sequence_in_parts_matches_reference(heads, make_inputs, decay, assert_agrees):
+def test_one_sequence_in_parts_matches_reference(heads, dtype, make_inputs, decay, assert_agrees):
     # Fewer heads than keep two threads even: the sequence itself is split.
     slopes = torch.tensor([0.003, 0.1, 5.0])[:heads]
-    inputs = make_inputs(2100, 1, heads, 16, 8, dtype=torch.float32)
-    assert_agrees(op(slopes), plain(slopes, form=blockwise), inputs, FP32)
+    inputs = make_inputs(2100, 1, heads, 16, 8, dtype=dtype)
+    assert_agrees(op(slopes), plain(slopes, form=blockwise), inputs, TOLERANCE[dtype])
 
 
-def test_interleaved_inputs_match_reference(make_inputs, decay, assert_agrees):
-    inputs = make_inputs(100, key_dim=8, value_dim=8, dtype=torch.float32)
+def test_interleaved_inputs_match_reference(dtype, make_inputs, decay, assert_agrees):
+    inputs = make_inputs(100, key_dim=8, value_dim=8, dtype=dtype)
     qkv = torch.cat((inputs["q"], inputs["k"], inputs["v"]), -1)
     assert_agrees(
         lambda qkv: op(decay)(*qkv.split(8, -1)),
         lambda qkv: plain(decay)(*qkv.split(8, -1)),
         {"qkv": qkv},
-        FP32,
+        TOLERANCE[dtype],
     )
 
 
-def test_steep_decay_does_not_overflow(make_inputs, assert_agrees):
+def test_steep_decay_does_not_overflow(dtype, make_inputs, assert_agrees):
     slopes = torch.tensor([50.0, 90.0, 1e4])
-    inputs = make_inputs(1000, batch=1, dtype=torch.float32)
-    assert_agrees(op(slopes), plain(slopes), inputs, FP32)
+    inputs = make_inputs(1000, batch=1, dtype=dtype)
+    assert_agrees(op(slopes), plain(slopes), inputs, TOLERANCE[dtype])
 
 
-def test_bf16_stays_close_to_fp64(make_inputs, assert_agrees):
-    slopes = 2.0 ** -torch.arange(1.0, 9.0)
-    inputs = make_inputs(1024, 1, 8, 64, 64, dtype=torch.bfloat16)
-    errors = assert_agrees(op(slopes), plain(slopes, form=blockwise), inputs, BF16)
+@pytest.mark.parametrize(("dim", "length", "heads"), [(64, 1024, 8), (128, 384, 2)])
+def test_bf16_stays_close_to_fp64(dim, length, heads, make_inputs, assert_agrees):
+    slopes = 2.0 ** -torch.linspace(1, 8, heads)
+    inputs = make_inputs(length, 1, heads, dim, dim, dtype=torch.bfloat16)
+    expected = plain(slopes, form=blockwise)
+    errors = assert_agrees(op(slopes), expected, inputs, TOLERANCE[torch.bfloat16])
     print("bf16:", {name: f"{error:.1e}" for name, error in errors.items()})
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
-def test_a_poisoned_document_touches_no_other(poison, make_inputs, decay):
+def test_a_poisoned_document_touches_no_other(poison, dtype, make_inputs, decay):
     documents = [0, 70, 200, 201, 300]
-    inputs, results = make_inputs(300, 1, states=4, dtype=torch.float32), []
+    inputs, results = make_inputs(300, 1, states=4, dtype=dtype), []
     for value in (0.0, poison):
         leaves = {name: x.clone() for name, x in inputs.items()}
         for name in ("q", "k", "v"):
@@ -121,11 +135,11 @@ def test_a_poisoned_document_touches_no_other(poison, make_inputs, decay):
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 30, 30, 100]], ids=["rows", "packed"])
-def test_compiled_equals_eager(offsets, make_inputs, decay, assert_agrees):
+def test_compiled_equals_eager(offsets, dtype, make_inputs, decay, assert_agrees):
     offsets = None if offsets is None else torch.tensor(offsets)
-    inputs = make_inputs(100, batch=1, states=1 if offsets is None else 3, dtype=torch.float32)
+    inputs = make_inputs(100, batch=1, states=1 if offsets is None else 3, dtype=dtype)
     compiled = torch.compile(op(decay, offsets), fullgraph=True, backend="aot_eager")
-    assert_agrees(compiled, plain(decay, offsets), inputs, FP32)
+    assert_agrees(compiled, plain(decay, offsets), inputs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

@@ -1,372 +1,157 @@
 // Lightning attention on the CPU: forward and backward, chunk by chunk, the state in cache.
 //
 // Each task is one head of one sequence (or a part of it, when there are fewer of these than
-// threads). It packs C tokens at a time to fp32, forms the products of
-// ops/lightning_attention/chunked.py with the decays applied while packing or while a product is
-// written, and goes on; nothing of size T x C or of one state per chunk exists.
+// threads) and goes through its tokens once; nothing of size T x C or of one state per chunk
+// exists. What a task does is in lightning_vectors.h and lightning_tiles.h.
 // MiniMax-01, section 2.2, algorithms 1 and 2 (with decay).
 
 #include "lightning.h"
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "lightning_tiles.h"
+#include "lightning_vectors.h"
 
 namespace linnet {
 namespace {
 
-// exp(-s n) for n = 0 .. C, and the rows of the causal decay as windows of one reversed vector.
-class Decays {
-  float power_[CHUNK + 1];
-  float reversed_[2 * CHUNK] = {};  // exp(-s (C - 1 - i)), 0 from i = C on
-
- public:
-  explicit Decays(float slope) {
-    for (int64_t n = 0; n <= CHUNK; n++) power_[n] = std::exp(-slope * float(n));
-    for (int64_t i = 0; i < CHUNK; i++) reversed_[i] = power_[CHUNK - 1 - i];
-  }
-  float operator[](int64_t n) const { return power_[n]; }
-  // exp(-s (row - b)) for b = 0, 1, ..., 0 where b > row.
-  const float* causal_row(int64_t row) const { return reversed_ + CHUNK - 1 - row; }
+// One scan over all sequences and heads.
+struct Scan {
+  bool is_reverse;
+  const float* first;  // [N, H, K, V] states before the scan, null for zeros
+  float* last;         // [N, H, K, V] states after it, or null
+  SpanWork state_only; // carries the state through the parts that come earlier in the scan
+  SpanWork work;
+  int64_t scratch_floats;
 };
-
-// The buffers of one task; dimensions padded to whole vectors, the padding 0.
-struct Workspace {
-  int64_t keys, values;  // padded K and V
-  float *q, *k, *v, *g;  // [C, K or V] chunk rows; g is grad_o
-  float *transposed;     // [K or V, C]
-  float *scores, *other; // [C, C]
-  float *out;            // [C, K or V]
-  float *state, *state_t;  // [K, V], [V, K]
-
-  Workspace(float* p, int64_t key_dim, int64_t value_dim)
-      : keys(padded(key_dim)), values(padded(value_dim)) {
-    const int64_t widest = keys > values ? keys : values;
-    const auto take = [&](int64_t size) { float* start = p; p += size; return start; };
-    q = take(CHUNK * keys), k = take(CHUNK * keys);
-    v = take(CHUNK * values), g = take(CHUNK * values);
-    transposed = take(CHUNK * widest), scores = take(CHUNK * CHUNK), other = take(CHUNK * CHUNK);
-    out = take(CHUNK * widest), state = take(keys * values), state_t = take(keys * values);
-  }
-
-  static int64_t size(int64_t key_dim, int64_t value_dim) {
-    const int64_t keys = padded(key_dim), values = padded(value_dim);
-    const int64_t widest = keys > values ? keys : values;
-    return CHUNK * (2 * keys + 2 * values + 2 * widest + 2 * CHUNK) + 2 * keys * values;
-  }
-};
-
-template <typename T>
-void prefetch(const T* row, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i);
-}
-
-// Copies `count` rows to fp32, the padding of each row 0.
-template <typename T>
-void pack(const Span& span, const Rows& rows, int64_t token, int64_t count, int64_t dim, float* out) {
-  const int64_t width = padded(dim), whole = dim / W * W;
-  for (int64_t t = 0; t < count; t++) {
-    const T* in = span.row<const T>(rows, token + t);
-    // The row one chunk ahead: each lies in a page of its own, where no hardware
-    // prefetcher follows.
-    prefetch(in + CHUNK * rows.token_stride, dim);
-    float* row = out + t * width;
-    for (int64_t i = 0; i < whole; i += W) store(row + i, load(in + i));
-    for (int64_t i = whole; i < width; i++) row[i] = i < dim ? widen(in[i]) : 0.0f;
-  }
-}
-
-template <typename T>
-void unpack(const Span& span, const Rows& rows, int64_t token, int64_t count, int64_t dim,
-            const float* in) {
-  const int64_t width = padded(dim), whole = dim / W * W;
-  for (int64_t t = 0; t < count; t++) {
-    T* out = span.row<T>(rows, token + t);
-    prefetch(out + CHUNK * rows.token_stride, dim);
-    const float* row = in + t * width;
-    for (int64_t i = 0; i < whole; i += W) store(out + i, load(row + i));
-    for (int64_t i = whole; i < dim; i++) narrow(out + i, row[i]);
-  }
-}
-
-// out[column * out_row + row] = in[row * width + column], columns beyond `count` rows 0.
-void transpose(const float* in, int64_t count, int64_t width, float* out, int64_t out_row) {
-  const int64_t filled = padded(count);
-  for (int64_t c = 0; c < width; c += W)
-    for (int64_t r = 0; r < filled; r += W) {
-      vf tile[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) tile[i] = r + i < count ? load(in + (r + i) * width + c) : vf{};
-      transpose_tile(tile);
-#pragma GCC unroll 16
-      for (int j = 0; j < W; j++) store(out + (c + j) * out_row + r, tile[j]);
-    }
-}
-
-void load_state(const float* in, const Workspace& w, const LightningArgs& args) {
-  std::memset(w.state, 0, w.keys * w.values * sizeof(float));
-  for (int64_t i = 0; in && i < args.key_dim; i++)
-    std::memcpy(w.state + i * w.values, in + i * args.value_dim, args.value_dim * sizeof(float));
-}
-
-void save_state(const Workspace& w, const LightningArgs& args, float* out) {
-  for (int64_t i = 0; out && i < args.key_dim; i++)
-    std::memcpy(out + i * args.value_dim, w.state + i * w.values, args.value_dim * sizeof(float));
-}
-
-void scale_rows(float* rows, int64_t count, int64_t width, const Decays& decays, int64_t first,
-                int64_t step) {
-  for (int64_t t = 0; t < count; t++)
-    for (int64_t i = 0; i < width; i += W)
-      store(rows + t * width + i, load(rows + t * width + i) * decays[first + t * step]);
-}
-
-// state = exp(-s m) state + left^T right, left [m, K] and right [m, V] packed.
-void advance(const Workspace& w, const float* left, const float* right, int64_t m,
-             const Decays& decays) {
-  const vf step = splat(decays[m]);
-  for (int64_t i = 0; i < w.keys * w.values; i += W) store(w.state + i, load(w.state + i) * step);
-  gemm(w.keys, w.values, m, left, 1, w.keys, right, w.values, w.state, w.values, Result::add);
-}
-
-// scores[a, b] = exp(-s (a - b)) left[a] . right[b] for b <= a, 0 above the diagonal; `right` is
-// given transposed, [dim, C].
-void causal_scores(const float* left, const float* right_t, int64_t m, int64_t dim,
-                   const Decays& decays, float* scores) {
-  for (int64_t a = 0; a < m; a += MAX_ROWS) {
-    const int64_t rows = m - a < MAX_ROWS ? m - a : MAX_ROWS;
-    const int64_t columns = padded(a + rows);
-    gemm(rows, columns, dim, left + a * dim, dim, 1, right_t, CHUNK, scores + a * CHUNK, CHUNK,
-         Result::store);
-    for (int64_t i = a; i < a + rows; i++) {
-      float* row = scores + i * CHUNK;
-      const float* factors = decays.causal_row(i);
-      for (int64_t b = 0; b < columns; b += W) {
-        // A select and no product: 0 * NaN of a later token would reach an earlier one.
-        const vf factor = load(factors + b), score = load(row + b);
-        store(row + b, factor != 0.0f ? score * factor : vf{});
-      }
-    }
-  }
-}
-
-// out += scores in, with scores lower triangular.
-void add_causal(const float* scores, const float* in, int64_t m, int64_t width, float* out) {
-  for (int64_t a = 0; a < m; a += MAX_ROWS) {
-    const int64_t rows = m - a < MAX_ROWS ? m - a : MAX_ROWS;
-    gemm(rows, width, a + rows, scores + a * CHUNK, CHUNK, 1, in, width, out + a * width, width,
-         Result::add);
-  }
-}
-
-// out += scores^T in, with scores lower triangular.
-void add_causal_transposed(const float* scores, const float* in, int64_t m, int64_t width,
-                           float* out) {
-  for (int64_t b = 0; b < m; b += MAX_ROWS) {
-    const int64_t rows = m - b < MAX_ROWS ? m - b : MAX_ROWS;
-    gemm(rows, width, m - b, scores + b * CHUNK + b, 1, CHUNK, in + b * width, width,
-         out + b * width, width, Result::add);
-  }
-}
-
-// Row factors exp(-s (first + step * t)) of one chunk.
-void fill_factors(const Decays& decays, int64_t m, int64_t first, int64_t step, float* factors) {
-  for (int64_t t = 0; t < m; t++) factors[t] = decays[first + t * step];
-}
-
-template <typename T>
-void forward_span(const Span& span, const Workspace& w) {
-  const LightningArgs& args = span.args;
-  const Decays decays(span.slope());
-  float q_decay[CHUNK];
-  fill_factors(decays, CHUNK, 1, 1, q_decay);
-  for (int64_t t = span.begin; t < span.end; t += CHUNK) {
-    const int64_t m = span.end - t < CHUNK ? span.end - t : CHUNK;
-    pack<T>(span, args.q, t, m, args.key_dim, w.q);
-    pack<T>(span, args.k, t, m, args.key_dim, w.k);
-    pack<T>(span, args.v, t, m, args.value_dim, w.v);
-    transpose(w.k, m, w.keys, w.transposed, CHUNK);
-    causal_scores(w.q, w.transposed, m, w.keys, decays, w.scores);
-    gemm(m, w.values, w.keys, w.q, w.keys, 1, w.state, w.values, w.out, w.values, Result::store,
-         q_decay);
-    add_causal(w.scores, w.v, m, w.values, w.out);
-    unpack<T>(span, args.o, t, m, args.value_dim, w.out);
-    scale_rows(w.k, m, w.keys, decays, m - 1, -1);
-    advance(w, w.k, w.v, m, decays);
-  }
-}
-
-// Advances the state over a span without forming outputs.
-template <typename T>
-void state_span(const Span& span, const Workspace& w) {
-  const LightningArgs& args = span.args;
-  const Decays decays(span.slope());
-  for (int64_t t = span.begin; t < span.end; t += CHUNK) {
-    const int64_t m = span.end - t < CHUNK ? span.end - t : CHUNK;
-    pack<T>(span, args.k, t, m, args.key_dim, w.k);
-    pack<T>(span, args.v, t, m, args.value_dim, w.v);
-    scale_rows(w.k, m, w.keys, decays, m - 1, -1);
-    advance(w, w.k, w.v, m, decays);
-  }
-}
-
-// dQ = (dO V^T * diag) K + (dO S^T) * q_decay, scanning forwards.
-template <typename T>
-void backward_q_span(const Span& span, const Workspace& w) {
-  const LightningArgs& args = span.args;
-  const Decays decays(span.slope());
-  float q_decay[CHUNK];
-  fill_factors(decays, CHUNK, 1, 1, q_decay);
-  for (int64_t t = span.begin; t < span.end; t += CHUNK) {
-    const int64_t m = span.end - t < CHUNK ? span.end - t : CHUNK;
-    pack<T>(span, args.k, t, m, args.key_dim, w.k);
-    pack<T>(span, args.v, t, m, args.value_dim, w.v);
-    pack<T>(span, args.o, t, m, args.value_dim, w.g);
-    transpose(w.v, m, w.values, w.transposed, CHUNK);
-    causal_scores(w.g, w.transposed, m, w.values, decays, w.scores);
-    transpose(w.state, w.keys, w.values, w.state_t, w.keys);
-    gemm(m, w.keys, w.values, w.g, w.values, 1, w.state_t, w.keys, w.out, w.keys, Result::store,
-         q_decay);
-    add_causal(w.scores, w.k, m, w.keys, w.out);
-    unpack<T>(span, args.grad_q, t, m, args.key_dim, w.out);
-    scale_rows(w.k, m, w.keys, decays, m - 1, -1);
-    advance(w, w.k, w.v, m, decays);
-  }
-}
-
-// dK and dV, scanning backwards with the gradient R of the state in w.state.
-template <typename T>
-void backward_kv_span(const Span& span, const Workspace& w) {
-  const LightningArgs& args = span.args;
-  const Decays decays(span.slope());
-  float k_decay[CHUNK];
-  const int64_t chunks = (span.end - span.begin + CHUNK - 1) / CHUNK;
-  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t t = span.begin + chunk * CHUNK;
-    const int64_t m = span.end - t < CHUNK ? span.end - t : CHUNK;
-    fill_factors(decays, m, m - 1, -1, k_decay);
-    pack<T>(span, args.q, t, m, args.key_dim, w.q);
-    pack<T>(span, args.k, t, m, args.key_dim, w.k);
-    pack<T>(span, args.v, t, m, args.value_dim, w.v);
-    pack<T>(span, args.o, t, m, args.value_dim, w.g);
-    transpose(w.v, m, w.values, w.transposed, CHUNK);
-    causal_scores(w.g, w.transposed, m, w.values, decays, w.other);
-    transpose(w.state, w.keys, w.values, w.state_t, w.keys);
-    gemm(m, w.keys, w.values, w.v, w.values, 1, w.state_t, w.keys, w.out, w.keys, Result::store,
-         k_decay);
-    add_causal_transposed(w.other, w.q, m, w.keys, w.out);
-    unpack<T>(span, args.grad_k, t, m, args.key_dim, w.out);
-    transpose(w.k, m, w.keys, w.transposed, CHUNK);
-    causal_scores(w.q, w.transposed, m, w.keys, decays, w.scores);
-    gemm(m, w.values, w.keys, w.k, w.keys, 1, w.state, w.values, w.out, w.values, Result::store,
-         k_decay);
-    add_causal_transposed(w.scores, w.g, m, w.values, w.out);
-    unpack<T>(span, args.grad_v, t, m, args.value_dim, w.out);
-    scale_rows(w.q, m, w.keys, decays, 1, 1);
-    advance(w, w.q, w.g, m, decays);
-  }
-}
-
-// R over a span, scanning backwards, without forming gradients.
-template <typename T>
-void grad_state_span(const Span& span, const Workspace& w) {
-  const LightningArgs& args = span.args;
-  const Decays decays(span.slope());
-  const int64_t chunks = (span.end - span.begin + CHUNK - 1) / CHUNK;
-  for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-    const int64_t t = span.begin + chunk * CHUNK;
-    const int64_t m = span.end - t < CHUNK ? span.end - t : CHUNK;
-    pack<T>(span, args.q, t, m, args.key_dim, w.q);
-    pack<T>(span, args.o, t, m, args.value_dim, w.g);
-    scale_rows(w.q, m, w.keys, decays, 1, 1);
-    advance(w, w.q, w.g, m, decays);
-  }
-}
-
-using SpanWork = void (*)(const Span&, const Workspace&);
 
 // Splits each sequence into parts when there are too few (sequence, head) pairs for the threads.
 int64_t parts_per_sequence(const LightningArgs& args) {
   const int64_t pairs = args.num_sequences * args.num_heads;
   int64_t longest = 0;
-  for (int64_t n = 0; n < args.num_sequences; n++)
-    longest = longest > args.lengths[n] ? longest : args.lengths[n];
+  for (int64_t n = 0; n < args.num_sequences; n++) longest = std::max(longest, args.lengths[n]);
   if (pairs == 0 || pairs % args.num_threads == 0 || pairs >= 4 * args.num_threads) return 1;
   // A part costs a second pass over its keys and values, so it has to be worth it.
   const int64_t wanted = pairs < args.num_threads ? (args.num_threads + pairs - 1) / pairs
                                                   : args.num_threads;
-  const int64_t most = longest / (8 * CHUNK);
-  return most < 1 ? 1 : (wanted < most ? wanted : most);
+  return std::clamp<int64_t>(longest / (8 * CHUNK), 1, wanted);
 }
 
-// One scan over all sequences and heads: `state_only` carries the state through the parts that
-// come earlier in the scan, `work` does the parts. Parts are numbered in scan order.
-void scan(const LightningArgs& args, bool is_reverse, const float* first, float* last,
-          SpanWork state_only, SpanWork work) {
-  const int64_t parts = parts_per_sequence(args);
+// Part `part` in scan order of a pair of sequence and head.
+Span span_of(const LightningArgs& args, bool is_reverse, int64_t pair, int64_t part,
+             int64_t parts) {
+  const int64_t sequence = pair / args.num_heads, length = args.lengths[sequence];
+  const int64_t chunks = (length + CHUNK - 1) / CHUNK;
+  const int64_t place = is_reverse ? parts - 1 - part : part;
+  const auto border = [&](int64_t i) { return std::min(chunks * i / parts * CHUNK, length); };
+  return {args, sequence, pair % args.num_heads, border(place), border(place + 1)};
+}
+
+// The states that the parts find: [pairs, parts, K, V]. First what each part adds to the state,
+// then the sums of these.
+std::vector<float> carried_states(const LightningArgs& args, const Scan& scan, int64_t parts) {
   const int64_t pairs = args.num_sequences * args.num_heads;
-  const int64_t state_size = args.key_dim * args.value_dim;
-  const int64_t scratch = Workspace::size(args.key_dim, args.value_dim);
-  const auto span_of = [&](int64_t pair, int64_t part) {
-    const int64_t sequence = pair / args.num_heads, length = args.lengths[sequence];
-    const int64_t chunks = (length + CHUNK - 1) / CHUNK;
-    const int64_t place = is_reverse ? parts - 1 - part : part;
-    const auto border = [&](int64_t i) {
-      const int64_t token = chunks * i / parts * CHUNK;
-      return token < length ? token : length;
-    };
-    return Span{args, sequence, pair % args.num_heads, border(place), border(place + 1)};
-  };
-  // carried[pair, part]: first what a part adds to the state, then the state before the part.
-  std::vector<float> carried(parts > 1 ? pairs * parts * state_size : 0);
-  if (parts > 1) {
-    for_each_task(pairs * (parts - 1), args.num_threads, scratch, [&](int64_t task, float* p) {
-      const Span span = span_of(task / (parts - 1), task % (parts - 1));
-      const Workspace w(p, args.key_dim, args.value_dim);
-      load_state(nullptr, w, args);
-      state_only(span, w);
-      save_state(w, args, &carried[(task / (parts - 1) * parts + task % (parts - 1)) * state_size]);
-    });
-    for (int64_t pair = 0; pair < pairs; pair++) {
-      float* state = &carried[pair * parts * state_size];
-      std::vector<float> current(state_size), added(state_size);
-      if (const float* from = span_of(pair, 0).state(first)) current.assign(from, from + state_size);
-      for (int64_t part = 0; part < parts; part++, state += state_size) {
-        const Span span = span_of(pair, part);
-        const float step = std::exp(-span.slope() * float(span.end - span.begin));
-        added.assign(state, state + state_size);
-        std::memcpy(state, current.data(), state_size * sizeof(float));
-        for (int64_t i = 0; i < state_size; i++) current[i] = step * current[i] + added[i];
-      }
+  const int64_t size = args.key_dim * args.value_dim;
+  std::vector<float> carried(pairs * parts * size);
+  for_each_task(pairs * (parts - 1), args.num_threads, scan.scratch_floats,
+                [&](int64_t task, float* scratch) {
+                  const int64_t pair = task / (parts - 1), part = task % (parts - 1);
+                  scan.state_only(span_of(args, scan.is_reverse, pair, part, parts), scratch,
+                                  nullptr, &carried[(pair * parts + part) * size]);
+                });
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    float* state = &carried[pair * parts * size];
+    std::vector<float> current(size), added(size);
+    const Span whole = span_of(args, scan.is_reverse, pair, 0, 1);
+    if (const float* from = whole.state(scan.first)) current.assign(from, from + size);
+    for (int64_t part = 0; part < parts; part++, state += size) {
+      const Span span = span_of(args, scan.is_reverse, pair, part, parts);
+      const float step = std::exp(-span.slope() * float(span.end - span.begin));
+      added.assign(state, state + size);
+      std::copy(current.begin(), current.end(), state);
+      for (int64_t i = 0; i < size; i++) current[i] = step * current[i] + added[i];
     }
   }
-  for_each_task(pairs * parts, args.num_threads, scratch, [&](int64_t task, float* p) {
-    const int64_t part = task % parts;
-    const Span span = span_of(task / parts, part);
-    const Workspace w(p, args.key_dim, args.value_dim);
-    load_state(parts > 1 ? &carried[task * state_size] : span.state(first), w, args);
-    work(span, w);
-    if (part == parts - 1) save_state(w, args, span.state(last));
-  });
+  return carried;
 }
+
+void run(const LightningArgs& args, const Scan& scan) {
+  const int64_t parts = parts_per_sequence(args);
+  const int64_t pairs = args.num_sequences * args.num_heads;
+  const int64_t size = args.key_dim * args.value_dim;
+  const auto carried = parts > 1 ? carried_states(args, scan, parts) : std::vector<float>();
+  for_each_task(pairs * parts, args.num_threads, scan.scratch_floats,
+                [&](int64_t task, float* scratch) {
+                  const int64_t part = task % parts;
+                  const Span span = span_of(args, scan.is_reverse, task / parts, part, parts);
+                  const float* first = parts > 1 ? &carried[task * size] : span.state(scan.first);
+                  scan.work(span, scratch, first,
+                            part == parts - 1 ? span.state(scan.last) : nullptr);
+                });
+}
+
+template <typename T>
+void vector_forward(const LightningArgs& args) {
+  using namespace vectors;
+  run(args, {false, args.initial_state, args.final_state, task<state_span<T>>,
+             task<forward_span<T>>, Workspace::size(args.key_dim, args.value_dim)});
+}
+
+template <typename T>
+void vector_backward(const LightningArgs& args) {
+  using namespace vectors;
+  const int64_t scratch = Workspace::size(args.key_dim, args.value_dim);
+  run(args, {false, args.initial_state, nullptr, task<state_span<T>>, task<backward_q_span<T>>,
+             scratch});
+  run(args, {true, args.grad_state, args.final_state, task<grad_state_span<T>>,
+             task<backward_kv_span<T>>, scratch});
+}
+
+#ifdef LINNET_TILES
+template <tiles::Roles (*roles)(const LightningArgs&)>
+void tile_scan(const LightningArgs& args, const float* first, float* last) {
+  run(args, {roles(args).is_reverse, first, last, tiles::state_task<roles>,
+             tiles::output_task<roles>, tiles::Workspace::size(args)});
+}
+
+bool takes_tiles(const LightningArgs& args) { return args.is_bf16 && request_tiles(); }
+
+void tile_forward(const LightningArgs& args) {
+  tile_scan<tiles::roles_of_o>(args, args.initial_state, args.final_state);
+}
+
+void tile_backward(const LightningArgs& args) {
+  tile_scan<tiles::roles_of_grad_q>(args, args.initial_state, nullptr);
+  tile_scan<tiles::roles_of_grad_k>(args, args.grad_state, nullptr);
+  tile_scan<tiles::roles_of_grad_v>(args, args.grad_state, args.final_state);
+}
+#else
+bool takes_tiles(const LightningArgs&) { return false; }
+void tile_forward(const LightningArgs&) {}
+void tile_backward(const LightningArgs&) {}
+#endif
 
 }  // namespace
 }  // namespace linnet
 
 extern "C" void linnet_lightning_forward(const linnet::LightningArgs* args) {
   using namespace linnet;
-  const bool half = args->is_bf16;
-  scan(*args, false, args->initial_state, args->final_state,
-       half ? state_span<bf16> : state_span<float>, half ? forward_span<bf16> : forward_span<float>);
+  if (takes_tiles(*args)) return tile_forward(*args);
+  args->is_bf16 ? vector_forward<bf16>(*args) : vector_forward<float>(*args);
 }
 
 extern "C" void linnet_lightning_backward(const linnet::LightningArgs* args) {
   using namespace linnet;
-  const bool half = args->is_bf16;
-  scan(*args, false, args->initial_state, nullptr, half ? state_span<bf16> : state_span<float>,
-       half ? backward_q_span<bf16> : backward_q_span<float>);
-  scan(*args, true, args->grad_state, args->final_state,
-       half ? grad_state_span<bf16> : grad_state_span<float>,
-       half ? backward_kv_span<bf16> : backward_kv_span<float>);
+  if (takes_tiles(*args)) return tile_backward(*args);
+  args->is_bf16 ? vector_backward<bf16>(*args) : vector_backward<float>(*args);
+}
+
+// Whether the tiles that these kernels were compiled for may be used.
+extern "C" int32_t linnet_has_tiles() {
+#ifdef LINNET_TILES
+  return linnet::request_tiles();
+#else
+  return 0;
+#endif
 }

@@ -1,6 +1,7 @@
 // Arguments of the lightning attention kernels; native.py of the operator mirrors this structure.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "threads.h"
@@ -8,6 +9,8 @@
 
 namespace linnet {
 
+// Tokens packed at a time. Twice as many would halve the passes over the state, but their operands
+// no longer fit in L1, and rows fetched one chunk ahead would push each other out of L2.
 constexpr int64_t CHUNK = 64;
 
 // A [B, T, H, K] tensor: strides in elements, the last dimension contiguous.
@@ -49,6 +52,25 @@ struct Span {
   T* state(T* states) const {
     return states ? states + (sequence * args.num_heads + head) * state_size() : nullptr;
   }
+};
+
+// What a task does: it finds the state [K, V] before its span in `first` (null: zeros) and leaves
+// the one after it in `last` unless that is null.
+using SpanWork = void (*)(const Span&, float* scratch, const float* first, float* last);
+
+// exp(-s n) for n = 0 .. C, and the rows of the causal decay as windows of one reversed vector.
+class Decays {
+  float power_[CHUNK + 1];
+  float reversed_[2 * CHUNK] = {};  // exp(-s (C - 1 - i)), 0 from i = C on
+
+ public:
+  explicit Decays(float slope) {
+    for (int64_t n = 0; n <= CHUNK; n++) power_[n] = std::exp(-slope * float(n));
+    for (int64_t i = 0; i < CHUNK; i++) reversed_[i] = power_[CHUNK - 1 - i];
+  }
+  float operator[](int64_t n) const { return power_[n]; }
+  // exp(-s (row - b)) for b = 0, 1, ..., 0 where b > row.
+  const float* causal_row(int64_t row) const { return reversed_ + CHUNK - 1 - row; }
 };
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }

@@ -8,6 +8,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace linnet {
 
 #if defined(__AVX512F__)
@@ -33,10 +37,40 @@ inline vf splat(float x) { return x - vf{}; }
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 
+// GCC 12 converts vectors of small integers in halves and joins them; the intrinsics do it at once
+// (with a full mask, since those without one make it warn of a value that is not initialized).
+#if defined(__AVX512F__)
+inline vf load(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
+}
+
+inline vf load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector((vi)_mm512_maskz_cvtepi8_epi32(0xffff, bytes), vf);
+}
+#elif defined(__AVX2__)
+inline vf load(const bf16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)((vu)_mm256_cvtepu16_epi32(half) << 16);
+}
+
+inline vf load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector((vi)_mm256_cvtepi8_epi32(bytes), vf);
+}
+#else
 inline vf load(const bf16* p) {
   const vh half = *reinterpret_cast<const vh_any*>(p);
   return (vf)(__builtin_convertvector(half, vu) << 16);
 }
+
+inline vf load(const int8_t* p) {
+  vi x;
+  for (int i = 0; i < W; i++) x[i] = p[i];
+  return __builtin_convertvector(x, vf);
+}
+#endif
 
 inline void store(bf16* p, vf x) {
   // Round to nearest even; a NaN must not carry over into infinity.
