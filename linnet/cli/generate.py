@@ -27,6 +27,9 @@ def add_parser(verbs) -> None:
         choices=("auto", "bfloat16", "float32"),
         help="to compute in; auto is bfloat16 where this CPU multiplies it in hardware",
     )
+    parser.add_argument(
+        "--quantization", choices=("int8",), help="round the weights, for speed and memory"
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
-    model = load_model(args.model, dtype=compute_dtype(args.dtype))
+    model = load_model(args.model, dtype=compute_dtype(args.dtype), quantization=args.quantization)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     pieces = stream_text(model, prompt, params)
     sys.stdout.write(prompt)

@@ -9,6 +9,7 @@ and with postnorm=false the raw one: x = alpha x + beta f(norm(x)).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from linnet.model.attention import Context, LightningAttention, SoftmaxAttention
 from linnet.model.cache import Cache
 from linnet.model.config import SOFTMAX, Dialect, ModelConfig
+from linnet.model.decode import decode_step
 from linnet.model.layers import Embedding, Linear, RMSNorm
 from linnet.model.moe import MixtureOfExperts, RouterStats, SharedExpert
-from linnet.ops import lm_head, rotary_tables
+from linnet.ops import lm_head, recomputed, rotary_tables
 from linnet.ops.documents import check_offsets, document_bounds
 
 if TYPE_CHECKING:
@@ -50,13 +52,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
         """Map x [B, T, D] to [B, T, D] and the router's statistics."""
+        again = context.forms_norms_again
         normed = self.input_layernorm(x)
-        residual = normed if self.postnorm else x
-        x = _residual_sum(residual, self.self_attn(normed, context), self.attention_factors)
+        with _formed_again(self.input_layernorm, x, normed, again):
+            y = self.self_attn(normed, context)
+        x = _residual_sum(normed if self.postnorm else x, y, self.attention_factors)
         normed = self.post_attention_layernorm(x)
-        residual = normed if self.postnorm else x
-        y, stats = self._feed_forward(normed)
-        return _residual_sum(residual, y, self.mlp_factors), stats
+        with _formed_again(self.post_attention_layernorm, x, normed, again):
+            y, stats = self._feed_forward(normed)
+        return _residual_sum(normed if self.postnorm else x, y, self.mlp_factors), stats
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
         y, stats = self.block_sparse_moe(x)
@@ -66,6 +70,12 @@ class Block(nn.Module):
             c = torch.sigmoid(self.coefficient(wide))
             y = torch.lerp(y.to(c.dtype), self.shared_mlp(x).to(c.dtype), c).to(x.dtype)
         return y, stats
+
+
+def _formed_again(
+    norm: RMSNorm, x: Tensor, normed: Tensor, again: bool
+) -> AbstractContextManager[None]:
+    return recomputed(normed, lambda: norm(x)) if again else nullcontext()
 
 
 def _residual_sum(residual: Tensor, y: Tensor, factors: tuple[float, float]) -> Tensor:
@@ -127,6 +137,9 @@ class Model(nn.Module):
             hidden, _ = self.hidden_states(tokens, cu_seqlens)
         else:
             self._check(tokens, cache, cu_seqlens)
+            logits = decode_step(self, tokens, cache, wants_logits=logits_to_keep != 0)
+            if logits is not None:
+                return logits
             hidden = self._continue(tokens, cache)
         if logits_to_keep is not None:
             hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
@@ -161,7 +174,9 @@ class Model(nn.Module):
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
-        context = Context(rotary, cache, cu_seqlens)
+        # A checkpointed block keeps nothing in any case.
+        again = torch.is_grad_enabled() and not (self.activation_recompute and self.training)
+        context = Context(rotary, cache, cu_seqlens, again)
         all_stats = []
         for layer in self.layers:
             if self.activation_recompute and self.training:
@@ -204,12 +219,20 @@ class Model(nn.Module):
             check_offsets(cu_seqlens, tokens.shape[0])
             document_bounds(cu_seqlens, tokens.shape[1])
         if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(x) for x in tokens.aminmax())
+            low, high = _smallest_and_largest(tokens)
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
                     f"token id {low if low < 0 else high} outside the vocabulary of "
                     f"{self.config.vocab_size}; does the tokenizer belong to this model?"
                 )
+
+
+def _smallest_and_largest(tokens: Tensor) -> tuple[int, int]:
+    if tokens.numel() > 64:
+        low, high = (int(x) for x in tokens.aminmax())
+        return low, high
+    rows = tokens.tolist()  # no operators: in decoding each would take as long as a layer's norm
+    return min(map(min, rows)), max(map(max, rows))
 
 
 def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:

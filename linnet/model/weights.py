@@ -29,6 +29,7 @@ from linnet.model.layout import (
     layout_of,
 )
 from linnet.model.presets import config_of
+from linnet.model.quantize import Quantization, is_quantized, quantize_int8
 from linnet.model.transformer import Model
 from linnet.storage import atomic_folder
 from linnet.text import Tokenizer
@@ -51,6 +52,7 @@ def load_model(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device = "cpu",
     seed: int = 0,
+    quantization: Quantization | None = None,
 ) -> Model:
     """Load a checkpoint folder of any dialect, or build a preset with random weights.
 
@@ -60,14 +62,24 @@ def load_model(
             are fp32 always.
         device: where the parameters go; "meta" builds the shape alone.
         seed: of the random weights of a preset.
+        quantization: "int8" for inference with int8 weights; see `linnet.model.quantize`.
 
     Returns:
         The model in eval mode, with `tokenizer` set if the folder has one.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen, not finite, or a file is damaged.
-        ConfigError: the config or the preset's name is wrong.
+        ConfigError: the config, the preset's name or the quantization is wrong.
     """
+    if quantization is not None and quantization not in get_args(Quantization):
+        raise ConfigError(f"quantization {quantization!r} is unknown; linnet has 'int8'")
+    model = _load(source, dtype, device, seed)
+    return model if quantization is None else quantize_int8(model)
+
+
+def _load(
+    source: str | Path, dtype: str | torch.dtype, device: str | torch.device, seed: int
+) -> Model:
     config, folder = config_of(source), Path(source)
     if not folder.is_dir():
         model = build_model(config, resolve_dtype("float32" if dtype == "auto" else dtype), device)
@@ -122,9 +134,12 @@ def save_model(
         overwrite: whether an existing model folder may be replaced, with all that it holds.
 
     Raises:
-        CheckpointError: the folder exists, or the disk refuses (nothing saved before is lost).
+        CheckpointError: the folder exists, the weights are int8, or the disk refuses (nothing
+            saved before is lost).
         ConfigError: the dialect cannot express this model, or is unknown.
     """
+    if is_quantized(model):
+        raise CheckpointError("int8 weights are not saved; load the original folder and save that")
     if dialect not in get_args(Dialect):
         raise ConfigError(f"unknown dialect {dialect!r}{nearest(dialect, get_args(Dialect))}")
     target = Path(folder)

@@ -27,10 +27,14 @@ def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Ten
     if rotary_dim < 0 or rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even, as channels turn in pairs; got {rotary_dim}")
     # fp32: bf16 cannot tell neighboring positions apart beyond 256.
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
-    inverse_frequency = 1.0 / (theta ** (exponent / rotary_dim))
-    angles = positions[..., None].float() * inverse_frequency
+    angles = positions[..., None].float() * inverse_frequency(rotary_dim, theta, positions.device)
     return angles.cos(), angles.sin()
+
+
+def inverse_frequency(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair of channels, [rotary_dim / 2] fp32."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / (theta ** (exponent / rotary_dim))
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -96,3 +96,11 @@ def test_stop_ends_the_text(folder, capsys):
     stop = text[len(text) // 2 :][:2]
     assert main([*arguments, "--stop", stop]) == 0
     assert capsys.readouterr().out == f"the{text[: text.index(stop)]}\n"
+
+
+def test_int8_weights_generate(folder, capsys):
+    arguments = ["generate", str(folder), "the cat", "--max-tokens", "9", "--temperature", "0"]
+    assert main([*arguments, "--dtype", "float32", "--quantization", "int8"]) == 0
+    model = linnet.load(folder, dtype="float32", quantization="int8")
+    expected = linnet.generate(model, "the cat", max_tokens=9, temperature=0)
+    assert capsys.readouterr().out == f"the cat{expected}\n"
