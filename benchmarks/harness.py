@@ -69,10 +69,10 @@ def machine_facts(threads: int) -> dict[str, Any]:
     facts: dict[str, Any] = dict(describe_machine(torch.bfloat16))
     facts["threads"] = threads
     facts["native_bf16"] = cpu_has_native_bf16()
-    facts["matmul_peak_flops_fp32"] = matmul_peak_flops(torch.float32)
+    facts["matmul_peak_flops_fp32"] = matmul_peak_flops(torch.float32, 2048, 16)
     peaks = [facts["matmul_peak_flops_fp32"]]
     if facts["native_bf16"]:
-        facts["matmul_peak_flops_bf16"] = matmul_peak_flops(torch.bfloat16)
+        facts["matmul_peak_flops_bf16"] = matmul_peak_flops(torch.bfloat16, 2048, 16)
         peaks.append(facts["matmul_peak_flops_bf16"])
     facts["matmul_peak_flops"] = max(peaks)
     facts["copy_bytes_per_s"] = _copy_rate()

@@ -41,7 +41,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768])
-    parser.add_argument("--pairs", type=int, help="default: 5 up to 8192 tokens, 3 above")
+    parser.add_argument("--pairs", type=int, help="default: 5 up to 8192 tokens, 2 above")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -54,7 +54,7 @@ def main() -> None:
     rows = []
     for length in args.lengths:
         for mode in ("forward", "forward_backward"):
-            pairs = args.pairs or (5 if length <= 8192 else 3)
+            pairs = args.pairs or (5 if length <= 8192 else 2)
             rows.append(time_length(sides, mode, length, pairs, machine))
             print(json.dumps(rows[-1], indent=2), flush=True)
     values = {

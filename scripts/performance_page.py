@@ -42,7 +42,9 @@ to its own. `make bench` measures a CPU again, `make bench-million` the long pro
 The other side is transformers 5.23 with the same weights, unless a line says otherwise. Both run in
 one process, in turn; a ratio is the median over pairs, with the smallest and largest in brackets.
 The limit is this machine's own, measured in the same run: the rate of a large product, or of
-reading memory. A share above 100% means that part of the weights stayed in the processor's cache.
+reading memory. A share above 100% of memory reads means that part of the weights stayed in the
+processor's cache; above 100% of the matmul peak, that the peak was measured in a slow moment of a
+shared machine.
 """
 
 

@@ -11,7 +11,7 @@
 #include "decode_workspace.h"
 #include "threads.h"
 
-namespace linnet {
+namespace linnet::decode {
 namespace {
 
 constexpr int64_t MIN_KEYS = 128;     // of a range of keys that is worth a task of its own
@@ -142,20 +142,19 @@ class Worker {
 
   // Ranges into which the keys of a row are cut: some when there are few heads and rows.
   int64_t parts_of(int64_t b) const {
-    if (batch_ * m_.num_kv_heads >= 4 * threads_) return 1;
-    return std::max<int64_t>(1, std::min(threads_, (step_.lengths[b] + 1) / MIN_KEYS));
+    return std::max<int64_t>(1, std::min(w_.max_parts, (step_.lengths[b] + 1) / MIN_KEYS));
   }
 
   float* partials(int64_t b, int64_t part, int64_t head) const {
-    const int64_t row = (b * threads_ + part) * m_.num_heads + head;
+    const int64_t row = (b * w_.max_parts + part) * m_.num_heads + head;
     return w_.partials + row * Partial::size(m_.head_dim);
   }
 
   void mix_keys(int64_t l, Piece piece) {
-    const int64_t tasks = batch_ * threads_ * m_.num_kv_heads;
+    const int64_t tasks = batch_ * w_.max_parts * m_.num_kv_heads;
     for (int64_t task = piece.begin(tasks); task < piece.end(tasks); task++) {
-      const int64_t group = task % m_.num_kv_heads, part = task / m_.num_kv_heads % threads_;
-      const int64_t b = task / m_.num_kv_heads / threads_;
+      const int64_t group = task % m_.num_kv_heads, part = task / m_.num_kv_heads % w_.max_parts;
+      const int64_t b = task / m_.num_kv_heads / w_.max_parts;
       if (part >= parts_of(b)) continue;
       if (m_.kv_is_half) mix_range<bf16>(l, b, group, part);
       else mix_range<float>(l, b, group, part);
@@ -226,7 +225,8 @@ class Worker {
   void route(const DecodeLayer& layer) {
     product(layer.router, hidden_, 0, m_.num_experts, w_.normed.rows, w_.logits.rows, batch_);
     const bool has_shared = layer.coefficient.data;
-    if (has_shared) product(layer.coefficient, hidden_, 0, 1, w_.normed.rows, w_.shares.rows, batch_);
+    if (has_shared)
+      product(layer.coefficient, hidden_, 0, 1, w_.normed.rows, w_.shares.rows, batch_);
     for (int64_t b = 0; b < batch_; b++) {
       float& share = w_.shares[b][0];
       share = has_shared ? 1.0f / (1.0f + std::exp(-share)) : 0.0f;
@@ -303,11 +303,11 @@ class Worker {
 };
 
 }  // namespace
-}  // namespace linnet
+}  // namespace linnet::decode
 
 // Returns 0, or 1 if there is no memory; nothing has changed then.
-extern "C" int linnet_decode_step(const linnet::DecodeStep* step) {
-  using namespace linnet;
+extern "C" int linnet_decode_step(const linnet::decode::DecodeStep* step) {
+  using namespace linnet::decode;
   const DecodeModel& model = *step->model;
   const int64_t batch = step->batch_size, threads = step->num_threads;
   Cutter sizes(nullptr);
@@ -319,7 +319,7 @@ extern "C" int linnet_decode_step(const linnet::DecodeStep* step) {
   workspace.begin(*step);
 #pragma omp parallel num_threads(int(threads))
   {
-    NoDenormals guard;
+    linnet::NoDenormals guard;
     Worker(*step, workspace, omp_get_thread_num(), omp_get_num_threads()).run();
   }
   for (int64_t b = 0; b < batch; b++) step->lengths[b]++;

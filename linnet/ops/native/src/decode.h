@@ -3,7 +3,7 @@
 
 #include "skinny.h"
 
-namespace linnet {
+namespace linnet::decode {
 
 struct Norm {
   Weight weight;
@@ -14,12 +14,12 @@ struct DecodeLayer {
   Norm input_norm, post_norm;  // [D]
   // Lightning: qkv [3HK, D] by head, output gate [HK, D]. Softmax: q [HK, D], k, v [GK, D].
   Weight inputs[3];
-  Norm inner_norm;    // [HK], lightning only
-  Weight output;      // [D, HK]
-  const float* slopes;  // [H]; null in a softmax layer
-  Weight router;        // [E, D]
-  Weight gate_up, down;  // [E, 2F, D], [E, D, F]
-  Weight shared_gate, shared_up, shared_down, coefficient;  // null data without a shared expert
+  Norm inner_norm;               // [HK], lightning only
+  Weight output;                 // [D, HK]
+  const float* slopes;           // [H]; null in a softmax layer
+  Weight router, gate_up, down;  // [E, D], [E, 2F, D], [E, D, F]
+  // [Fs, D], [Fs, D], [D, Fs], [1, D]; null without a shared expert.
+  Weight shared_gate, shared_up, shared_down, coefficient;
   float alpha, beta, mlp_alpha, mlp_beta;  // residual factors of the two sublayers
   int64_t is_postnorm;
 };
@@ -39,10 +39,11 @@ struct DecodeStep {
   const DecodeModel* model;
   const int64_t* tokens;  // [B]
   int64_t* lengths;       // [B] tokens that each row has taken in; counted up at the end
-  // [L, B, 2]: state [H, K, K] fp32 and null, or keys and values [capacity, G, K] with room for one.
+  // [L, B, 2]: state [H, K, K] fp32 and null, or keys and values [capacity, G, K] with room for
+  // one more token.
   void* const* memory;
   float* logits;  // [B, vocab], null if not wanted
   int64_t batch_size, num_threads;
 };
 
-}  // namespace linnet
+}  // namespace linnet::decode

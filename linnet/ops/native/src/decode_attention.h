@@ -3,7 +3,7 @@
 
 #include "skinny.h"
 
-namespace linnet {
+namespace linnet::decode {
 
 // One head's state [K, V], V = K: S = exp(-s) S + k v^T and o = q S, for N vectors of columns.
 template <int N>
@@ -15,6 +15,7 @@ inline void advance_columns(const float* q, const float* k, const float* v, int6
     float* row = state + i * dim;
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) {
+      __builtin_prefetch(reinterpret_cast<char*>(row + j * W) + PREFETCH_BYTES, 1);
       vf s = load_lanes(row + j * W, lanes);
       // S + (lambda - 1) S: see ops/lightning_attention/recurrent.py, also for q . k apart.
       s += s * loss;
@@ -145,4 +146,4 @@ inline void merge(float* partials, int64_t count, int64_t step, int64_t dim, flo
   update(o, 0, dim, [&](vf x, int64_t, int64_t) { return x / total; });
 }
 
-}  // namespace linnet
+}  // namespace linnet::decode

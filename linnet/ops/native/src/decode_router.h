@@ -6,7 +6,7 @@
 
 #include "decode.h"
 
-namespace linnet {
+namespace linnet::decode {
 
 struct Choice {
   float weight;
@@ -66,4 +66,4 @@ struct Routing {
   }
 };
 
-}  // namespace linnet
+}  // namespace linnet::decode

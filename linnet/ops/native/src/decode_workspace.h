@@ -10,7 +10,7 @@
 #include "decode_router.h"
 #include "phases.h"
 
-namespace linnet {
+namespace linnet::decode {
 
 // Cuts one block of memory into arrays; without memory it only adds up their sizes.
 class Cutter {
@@ -46,7 +46,7 @@ struct Activations {
 
 // What a phase writes and the next one reads; each element is written by one thread.
 struct Workspace {
-  int64_t inner, num_slots;
+  int64_t inner, num_slots, max_parts;  // ranges of keys that a row may be cut into
   Phase* phases;
   Activations x, normed;       // [B, D]
   Activations inputs, mixed;   // [B, 4HK or HK + 2GK], [B, HK]
@@ -54,7 +54,7 @@ struct Workspace {
   Activations hidden, up;      // [slots, F]
   Activations part, total;     // [B, D]
   Activations cosine, sine;    // [B, rotary_dim / 2]
-  float* partials;             // [B, key ranges, H, Partial::size(K)]
+  float* partials;             // [B, max_parts, H, Partial::size(K)]
   Choice *queue, *choices;     // [E], [B, top_k]
   Routing routing;
   const float** sources;       // [slots] the token that each slot reads
@@ -64,6 +64,7 @@ struct Workspace {
   Workspace(Cutter& c, const DecodeModel& m, int64_t batch, int64_t threads)
       : inner(m.num_heads * m.head_dim),
         num_slots(batch * (m.top_k + 1)),
+        max_parts(std::clamp<int64_t>(4 * threads / (batch * m.num_kv_heads), 1, threads)),
         phases(c.take<Phase>(num_phases(m))),
         x(c, batch, m.hidden_size),
         normed(c, batch, m.hidden_size),
@@ -77,7 +78,7 @@ struct Workspace {
         total(c, batch, m.hidden_size),
         cosine(c, batch, m.rotary_dim / 2),
         sine(c, batch, m.rotary_dim / 2),
-        partials(c.take<float>(batch * m.num_heads * threads * Partial::size(m.head_dim))),
+        partials(c.take<float>(batch * max_parts * m.num_heads * Partial::size(m.head_dim))),
         queue(c.take<Choice>(m.num_experts)),
         choices(c.take<Choice>(batch * m.top_k)),
         routing{c.take<Expert>(m.num_experts + 1), c.take<Slot>(num_slots), 0, 0},
@@ -109,4 +110,4 @@ inline void* kept_memory(int64_t bytes) {
   return block.get();
 }
 
-}  // namespace linnet
+}  // namespace linnet::decode

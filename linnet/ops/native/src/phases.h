@@ -10,7 +10,7 @@
 
 #include <sched.h>
 
-namespace linnet {
+namespace linnet::decode {
 
 // Piece `index` of `count` equal ones.
 struct Piece {
@@ -46,4 +46,4 @@ class alignas(64) Phase {
   }
 };
 
-}  // namespace linnet
+}  // namespace linnet::decode

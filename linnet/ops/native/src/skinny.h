@@ -1,7 +1,7 @@
 // Products of a few vectors with a large matrix that lies row-major in fp32, bf16 or int8.
 //
-// Each weight is read once, so with few vectors the speed is that of memory. A tile is four rows far
-// apart in the matrix: memory delivers four streams faster than one.
+// Each weight is read once, so with few vectors the speed is that of memory. A tile is four rows
+// that lie far apart: memory delivers four streams faster than one.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 #include "vector.h"
 
-namespace linnet {
+namespace linnet::decode {
 
 // A [rows, columns] matrix; int8 has one scale per row.
 struct Weight {
@@ -64,8 +64,8 @@ inline void with_type(const Weight& w, const F& f) {
 // The part of a matrix that begins at a row.
 inline Weight from_row(const Weight& w, int64_t row, int64_t columns) {
   const int64_t size = w.type == Weight::fp32 ? 4 : (w.type == Weight::half ? 2 : 1);
-  return {static_cast<const char*>(w.data) + row * columns * size, w.scale ? w.scale + row : nullptr,
-          w.type};
+  const char* data = static_cast<const char*>(w.data) + row * columns * size;
+  return {data, w.scale ? w.scale + row : nullptr, w.type};
 }
 
 constexpr int ROWS = 4;
@@ -210,4 +210,4 @@ inline void normalize(const float* x, const Weight& weight, int64_t n, float eps
   });
 }
 
-}  // namespace linnet
+}  // namespace linnet::decode
