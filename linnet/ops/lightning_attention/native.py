@@ -23,6 +23,7 @@ class _Rows(ctypes.Structure):
         ("batch_stride", ctypes.c_int64),
         ("token_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
+        ("silu", ctypes.c_int32),
     )
 
 
@@ -73,14 +74,19 @@ def forward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return o and the final states; arguments as in `linnet.lightning_attention`."""
+    """Return o and the final states; arguments as in `linnet.lightning_attention`.
+
+    With `silu`, q, k and v pass through SiLU as they are read.
+    """
     check_decay(decay)
     q, k, v = (_with_dense_heads(x) for x in (q, k, v))
     o = torch.empty(v.shape, dtype=v.dtype)
     sequences = _sequences(q, cu_seqlens)
     state = _empty_state(q, v, sequences)
-    _call("linnet_lightning_forward", (q, k, v), o, decay, sequences, initial_state, state)
+    name = "linnet_lightning_forward"
+    _call(name, (q, k, v), silu, o, decay, sequences, initial_state, state)
     return o, state
 
 
@@ -93,8 +99,9 @@ def backward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and the initial states."""
+    """Return the gradients of q, k, v (after SiLU, with `silu`) and the initial states."""
     q, k, v, grad_o = (_with_dense_heads(x) for x in (q, k, v, grad_o))
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     sequences = _sequences(q, cu_seqlens)
@@ -102,6 +109,7 @@ def backward(
     _call(
         "linnet_lightning_backward",
         (q, k, v),
+        silu,
         grad_o,
         decay,
         sequences,
@@ -116,6 +124,7 @@ def backward(
 def _call(
     name: str,
     qkv: tuple[Tensor, Tensor, Tensor],
+    silu: bool,
     o: Tensor,
     decay: Tensor,
     sequences: Tensor,
@@ -131,7 +140,8 @@ def _call(
     )
     starts, lengths, batch_rows = sequences
     args = _Args(
-        *(_rows(x) for x in (*qkv, o)),
+        *(_rows(x, silu) for x in qkv),
+        _rows(o),
         *(_rows(x) for x in grads or (None, None, None)),
         pointer(decay),
         pointer(initial_state),
@@ -152,8 +162,8 @@ def _call(
     getattr(kernels, name)(ctypes.byref(args))
 
 
-def _rows(x: Tensor | None) -> _Rows:
-    return _Rows() if x is None else _Rows(x.data_ptr(), *x.stride()[:3])
+def _rows(x: Tensor | None, silu: bool = False) -> _Rows:
+    return _Rows() if x is None else _Rows(x.data_ptr(), *x.stride()[:3], silu)
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ def lightning_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """Forward pass; arguments and results as in `linnet.lightning_attention`."""
     module = _choose(q, k, v, implementation)
-    if silu and module is triton:
-        return triton.forward(q, k, v, decay, initial_state, cu_seqlens, silu=True)
+    if module is not chunked:
+        return module.forward(q, k, v, decay, initial_state, cu_seqlens, silu=silu)
     if silu:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
-    return module.forward(q, k, v, decay, initial_state, cu_seqlens)
+    return chunked.forward(q, k, v, decay, initial_state, cu_seqlens)
 
 
 @lightning_attention_op.register_fake
@@ -59,9 +59,14 @@ def backward_op(
     """Return the gradients of q, k, v and the initial state."""
     module = _choose(q, k, v, implementation)
     pre_activations = q, k, v
-    if silu:
-        q, k, v = F.silu(q), F.silu(k), F.silu(v)
-    grads = module.backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
+    if module is native:
+        grads = native.backward(
+            grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, silu=silu
+        )
+    else:
+        if silu:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        grads = module.backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens)
     if silu:
         silu_backward = torch.ops.aten.silu_backward
         grad_q, grad_k, grad_v = map(silu_backward, grads[:3], pre_activations)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from linnet.errors import ConfigError
 from linnet.ops import lightning_attention, native
@@ -97,6 +98,21 @@ def test_interleaved_inputs_match_reference(dtype, make_inputs, decay, assert_ag
         {"qkv": qkv},
         TOLERANCE[dtype],
     )
+
+
+def test_activated_inputs_match_reference(dtype, make_inputs, decay, assert_agrees):
+    def activated(q, k, v, initial_state):
+        return plain(decay)(F.silu(q), F.silu(k), F.silu(v), initial_state)
+
+    def fused(q, k, v, initial_state):
+        return lightning_attention(
+            q, k, v, decay, initial_state, backend="native", activation="silu"
+        )
+
+    # Tile products round the activations to bf16 before all else.
+    tolerance = 2 * TOLERANCE[dtype] if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    inputs = make_inputs(150, 1, 3, 33, 24, dtype=dtype)
+    assert_agrees(fused, activated, inputs, tolerance)
 
 
 def test_steep_decay_does_not_overflow(dtype, make_inputs, assert_agrees):

@@ -17,6 +17,7 @@ constexpr int64_t CHUNK = 64;
 struct Rows {
   void* data;
   int64_t batch_stride, token_stride, head_stride;
+  int32_t silu;  // whether the values pass through SiLU when they are read
 };
 
 struct LightningArgs {

@@ -62,9 +62,10 @@ struct Workspace {
 struct ChunkRows {
   bf16* data;
   int64_t step, dim, count;
+  bool has_silu;
 
   ChunkRows(const Span& span, const Roles& roles, const Rows& rows, int64_t dim, int64_t done)
-      : dim(dim), count(std::min(CHUNK, span.end - span.begin - done)) {
+      : dim(dim), count(std::min(CHUNK, span.end - span.begin - done)), has_silu(rows.silu) {
     const int64_t token = roles.is_reverse ? span.end - 1 - done : span.begin + done;
     data = span.row<bf16>(rows, token);
     step = roles.is_reverse ? -rows.token_stride : rows.token_stride;
@@ -84,7 +85,8 @@ struct ChunkRows {
     // The row one chunk ahead: each lies in a page of its own, where no hardware prefetcher
     // follows. Into L2, since L1 is full of operands.
     __builtin_prefetch(from + CHUNK * step, 0, 2);
-    return (vu)_mm512_maskz_loadu_epi16(mask(block), from);
+    const vu pairs = (vu)_mm512_maskz_loadu_epi16(mask(block), from);
+    return has_silu ? round_pairs(silu(firsts(pairs)), silu(seconds(pairs))) : pairs;
   }
 
   void store(int64_t row, int64_t block, vu pairs) const {

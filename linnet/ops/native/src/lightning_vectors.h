@@ -51,8 +51,14 @@ void pack(const Span& span, const Rows& rows, int64_t token, int64_t count, int6
     // prefetcher follows.
     prefetch(in + CHUNK * rows.token_stride, dim);
     float* row = out + t * width;
-    for (int64_t i = 0; i < whole; i += W) store(row + i, load(in + i));
-    for (int64_t i = whole; i < width; i++) row[i] = i < dim ? widen(in[i]) : 0.0f;
+    for (int64_t i = 0; i < whole; i += W) {
+      const vf x = load(in + i);
+      store(row + i, rows.silu ? silu(x) : x);
+    }
+    for (int64_t i = whole; i < width; i++) {
+      const float x = i < dim ? widen(in[i]) : 0.0f;
+      row[i] = rows.silu ? x / (1.0f + std::exp(-x)) : x;
+    }
   }
 }
 
