@@ -45,7 +45,7 @@ from linnet.model import Model, ModelConfig
 from linnet.model.cost import cost_of, training_flops
 from linnet.model.decay import layer_slopes
 from linnet.model.init import initialize
-from linnet.ops import cross_entropy, moe_triton, rms_norm
+from linnet.ops import cross_entropy, lightning_attention, moe_triton, rms_norm
 from linnet.ops.lightning_attention import triton as attention
 from linnet.ops.lightning_attention import triton_decode as decoding
 from linnet.ops.lightning_attention.recurrent import decode_step
@@ -235,7 +235,7 @@ def time_ours(
     flops, num_bytes = attention_cost(batch, length, heads, dim)
     forward = rotating(lambda q, k, v: attention.forward(q, k, v, decay, None, None), sets)
     backward = rotating(
-        lambda q, k, v: attention.backward(v, None, q, k, v, decay, None, None, False), sets
+        lambda q, k, v: attention.backward(v, None, q, k, v, decay, None, None), sets
     )
     forward_ms, backward_ms = times([forward, backward], repeats)
     return {
@@ -260,10 +260,14 @@ def time_shape(
     row |= time_ours(batch, length, heads, dim, repeats, limits)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.lightning_attention_triton(q, k, v, decay, None, None)[0]
+        return lightning_attention(q, k, v, decay, backend="triton")[0]
 
     qkv = [(torch.cat(three, -1),) for three in sets[:2]]
-    fused = rotating(lambda x: attention.lightning_attention_silu(x, decay, None, None), qkv)
+
+    def on_load(x: Tensor) -> object:
+        return attention.forward(*x.split(dim, -1), decay, None, None, silu=True)
+
+    fused = rotating(on_load, qkv)
 
     def apart(x: Tensor) -> object:
         return attention.forward(*F.silu(x).split(dim, -1), decay, None, None)

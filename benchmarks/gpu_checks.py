@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops import moe_triton
+from linnet.ops import lightning_attention, moe_triton
 from linnet.ops.lightning_attention import triton as attention
 from linnet.ops.lightning_attention import triton_decode as decoding
 from linnet.ops.lightning_attention.recurrent import decode_step
@@ -78,7 +78,7 @@ def check_scan(
         if wide:
             outputs = reference(q, k, v, decay, state, offsets, blockwise)
         else:
-            outputs = attention.lightning_attention_triton(q, k, v, decay, state, offsets)
+            outputs = lightning_attention(q, k, v, decay, state, offsets, backend="triton")
         if upstream is None:
             upstream = [torch.randn_like(x) for x in outputs]
         grads = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""Lightning attention on a GPU: what `triton_kernels.py` computes, as operators of torch.
+"""Lightning attention on a GPU: what `triton_kernels.py` computes, behind `operator.py`.
 
 The forward pass and each gradient are one scan (see the head of `triton_kernels.py`), so the
 backward pass saves q, k, v and the initial state alone, adds nothing up across programs and gives
@@ -110,7 +110,6 @@ def backward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    wants_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial state.
 
@@ -118,106 +117,20 @@ def backward(
         grad_o: [B, T, H, V] gradient of the outputs, in `v.dtype`.
         grad_state: [B or N, H, K, V] fp32 gradient of the final states; zeros if None.
         q, k, v, decay, initial_state, cu_seqlens: as in `forward`.
-        wants_state: False leaves the gradient of the initial state empty.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
     grad_q, grad_k, grad_v = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    carry = _new_states(q, v, cu_seqlens) if wants_state else q.new_empty(0, dtype=torch.float32)
-    carry_out = carry if wants_state else None
+    carry = _new_states(q, v, cu_seqlens)
     scan = functools.partial(_scan, decay=decay, offsets=cu_seqlens)
     initial_t = None if initial_state is None else initial_state.mT
     grad_state_t = None if grad_state is None else grad_state.mT
     # dQ sums (dO, V, K) over the past, from S^T; dK and dV sum over the future, from R^T and R.
     scan(grad_o, v, k, grad_q, carry_in=initial_t)
     scan(v, grad_o, q, grad_k, carry_in=grad_state_t, reverse=True)
-    scan(k, q, grad_o, grad_v, carry_in=grad_state, carry_out=carry_out, reverse=True)
+    scan(k, q, grad_o, grad_v, carry_in=grad_state, carry_out=carry, reverse=True)
     return grad_q, grad_k, grad_v, carry
-
-
-@torch.library.custom_op("linnet::lightning_attention_triton", mutates_args=())
-def lightning_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return `forward` of the arguments, with gradients."""
-    return forward(q, k, v, decay, initial_state, cu_seqlens)
-
-
-@lightning_attention_triton.register_fake
-def _(q, k, v, decay, initial_state, cu_seqlens):
-    return v.new_empty(v.shape), _new_states(q, v, cu_seqlens)
-
-
-@torch.library.custom_op("linnet::lightning_attention_triton_backward", mutates_args=())
-def _backward_op(
-    grad_o: Tensor,
-    grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    wants_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backward(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, wants_state)
-
-
-@_backward_op.register_fake
-def _(grad_o, grad_state, q, k, v, decay, initial_state, cu_seqlens, wants_state):
-    state = _new_states(q, v, cu_seqlens) if wants_state else q.new_empty(0, dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), state
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_o: Tensor, grad_state: Tensor | None):
-    inputs = ctx.saved_tensors
-    wants_state = inputs[4] is not None and ctx.needs_input_grad[4]
-    *grads, grad_initial = _backward_op(grad_o, grad_state, *inputs, wants_state)
-    return *grads, None, grad_initial if wants_state else None, None
-
-
-lightning_attention_triton.register_autograd(_backward, setup_context=_save_inputs)
-
-
-@torch.library.custom_op("linnet::lightning_attention_silu", mutates_args=())
-def lightning_attention_silu(
-    qkv: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Apply lightning attention to silu(qkv) without writing silu(qkv); no gradients.
-
-    Args:
-        qkv: [B, T, H, 3 K] output of the projection, [q | k | v] per head.
-        decay: [H] slopes.
-        initial_state: [B or N, H, K, K] fp32, zeros if None.
-        cu_seqlens: [N + 1] offsets of packed documents, or None.
-
-    Returns:
-        o [B, T, H, K] in `qkv.dtype` and the final states [B or N, H, K, K] fp32.
-
-    Raises:
-        ValueError: arguments that do not fit, or that `unsupported_reason` names.
-    """
-    if qkv.ndim != 4 or qkv.shape[3] % 3:
-        raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, T, H, 3 K]")
-    q, k, v = qkv.chunk(3, -1)
-    return forward(q, k, v, decay, initial_state, cu_seqlens, silu=True)
-
-
-@lightning_attention_silu.register_fake
-def _(qkv, decay, initial_state, cu_seqlens):
-    q, _, v = qkv.chunk(3, -1)
-    return v.new_empty(v.shape), _new_states(q, v, cu_seqlens)
 
 
 def _scan(

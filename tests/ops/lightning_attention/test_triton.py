@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from linnet.ops import lightning_attention
 from linnet.ops.lightning_attention import triton as op
 from linnet.ops.lightning_attention import triton_decode as decoding
+from linnet.ops.lightning_attention.operator import lightning_attention_op
 from linnet.ops.lightning_attention.recurrent import decode_step
 from linnet.ops.lightning_attention.reference import blockwise, reference
 
@@ -81,7 +83,7 @@ def run(decay, cu_seqlens=None):
 
     def call(q, k, v, initial_state=None):
         tensors = [None if x is None else x.to(DEVICE) for x in (q, k, v, decay, initial_state)]
-        o, state = op.lightning_attention_triton(*tensors, offsets)
+        o, state = lightning_attention(*tensors, offsets, backend="triton")
         return o.cpu(), state.cpu()
 
     return call
@@ -235,9 +237,11 @@ def test_silu_on_load_equals_silu_before(documents, make_inputs, decay):
     inputs = small(make_inputs, 70, key_dim=16, states=1 if documents is None else 2)
     qkv = torch.cat([inputs[name] * 4 - 1 for name in "qkv"], -1).to(DEVICE)
     state = inputs["initial_state"].to(DEVICE)
-    actual = op.lightning_attention_silu(qkv, decay.to(DEVICE), state, offsets)
+    actual = lightning_attention(
+        *qkv.split(16, -1), decay.to(DEVICE), state, offsets, backend="triton", activation="silu"
+    )
     q, k, v = F.silu(qkv).split(16, -1)
-    expected = op.lightning_attention_triton(q, k, v, decay.to(DEVICE), state, offsets)
+    expected = lightning_attention(q, k, v, decay.to(DEVICE), state, offsets, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=FP32, atol=FP32)
 
 
@@ -342,8 +346,8 @@ def test_unsupported_inputs_are_named(monkeypatch):
 def test_wrong_arguments_raise(make_inputs, decay):
     inputs = {name: x.to(DEVICE) for name, x in small(make_inputs, 2, key_dim=130).items()}
     q, k, v, state = inputs.values()
-    with pytest.raises(ValueError, match=r"cannot run: head sizes K = 130"):
-        op.lightning_attention_triton(q, k, v, decay, state, None)
+    with pytest.raises(ValueError, match=r"'triton' cannot be used: head sizes K = 130"):
+        lightning_attention(q, k, v, decay, state, backend="triton")
     q, k, pool = q[..., :4], k[..., :4], state[..., :4, :]
     slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="one token per row; got T = 2"):
@@ -358,14 +362,13 @@ def test_wrong_arguments_raise(make_inputs, decay):
         decoding.commit_slots(k, v, decay, pool, slots, slots.float())
 
 
-def test_custom_ops_pass_opcheck(make_inputs, decay):
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+def test_the_operator_passes_opcheck(silu, make_inputs, decay):
     offsets = torch.tensor([0, 3, 3], device=DEVICE)
     inputs = small(make_inputs, 3, heads=1, states=2)
     q, k, v, state = (x.to(DEVICE).requires_grad_() for x in inputs.values())
-    decay = decay[1:].to(DEVICE)
-    torch.library.opcheck(op.lightning_attention_triton, (q, k, v, decay, state, offsets))
-    args = [x.detach() for x in (v, state, q, k, v, decay, state)]
-    torch.library.opcheck(op._backward_op, (*args, offsets, True))
+    args = (q, k, v, decay[1:].to(DEVICE), state, offsets, "triton", silu)
+    torch.library.opcheck(lightning_attention_op, args)
 
 
 def test_slot_ops_pass_opcheck(make_inputs, decay):
@@ -377,8 +380,6 @@ def test_slot_ops_pass_opcheck(make_inputs, decay):
     torch.library.opcheck(decoding._verify_op, (q, k, v, decay, pool, slots, slots, False))
     torch.library.opcheck(decoding._commit_op, (k, v, decay, pool, slots, slots, False))
     torch.library.opcheck(decoding.rms_norm_sigmoid_gate, (v, gate, weight, 1e-6))
-    qkv = torch.cat((q, k, v), -1)
-    torch.library.opcheck(op.lightning_attention_silu, (qkv, decay, pool, None))
 
 
 def test_only_kernels_import_triton():
