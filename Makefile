@@ -41,7 +41,7 @@ check: $(VENV)/dev.stamp ## check format, lint, types and spelling
 	$(BIN)/basedpyright
 	$(BIN)/codespell
 
-bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results (15 minutes)
+bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results (about 15 minutes)
 	$(BIN)/python benchmarks/lightning_attention.py
 	$(BIN)/python benchmarks/bench_94m.py
 	$(BIN)/python scripts/readme_figures.py
