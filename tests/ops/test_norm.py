@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from linnet.ops import rms_norm
+from linnet.ops import norm, rms_norm
 
 FP64 = 1e-12
 FP32 = 1e-6
@@ -98,3 +98,28 @@ def test_single_row_is_normalized_as_many_are(dtype, generator):
         together = rms_norm(x, weight, 1e-5)
         apart = torch.cat([rms_norm(row[None], weight, 1e-5) for row in x])
     torch.testing.assert_close(apart, together, atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
+def test_gate_and_backend_match_the_formula(gated, native, make_inputs, assert_agrees, monkeypatch):
+    calls = []
+    takes = norm.takes
+    monkeypatch.setattr(
+        norm, "takes", lambda *x: bool(native and takes(*x) and (calls.append(1) or True))
+    )
+    inputs = make_inputs((40, 65), torch.float32)
+    if gated:
+        inputs["gate"] = inputs["x"].flip(0)
+
+    def written(x, weight, gate=None):
+        y = written_out(x, weight, 1e-5)
+        return y if gate is None else y * torch.sigmoid(gate)
+
+    assert_agrees(lambda **x: rms_norm(**x, eps=1e-5), written, inputs, FP32)
+    assert len(calls) == (2 if native else 0)  # forward and backward
+
+
+def test_a_gate_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"gate \(2, 4\) torch.float32 does not fit x \(2, 8\)"):
+        rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5, torch.ones(2, 4))

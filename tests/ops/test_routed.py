@@ -4,6 +4,7 @@ import torch
 from linnet import ops
 from linnet.ops import matmul, routed
 from linnet.ops.moe import moe_reference
+from linnet.ops.native import products
 
 FP64 = 1e-12
 FP32 = 1e-6
@@ -91,6 +92,15 @@ def test_more_tokens_than_one_part_match_reference(make_inputs):
     inputs = make_inputs(9000, dim=8, width=8)
     with torch.no_grad():
         torch.testing.assert_close(op()(**inputs), written_out()(**inputs))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "training"])
+def test_tokens_take_one_native_call(needs_grad, make_inputs, monkeypatch):
+    calls, kernel = [], products.experts_ffn
+    monkeypatch.setattr(products, "experts_ffn", lambda *args: calls.append(1) or kernel(*args))
+    inputs = {name: x.requires_grad_(needs_grad) for name, x in make_inputs(50).items()}
+    op()(**inputs)
+    assert len(calls) == 1
 
 
 def test_without_kernels_the_result_is_the_same(make_inputs, monkeypatch):
