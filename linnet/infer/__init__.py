@@ -1,6 +1,16 @@
-"""Inference: sampling rules and text generation."""
+"""Inference: sampling rules, text generation, and the engine for many requests at once."""
 
+from linnet.infer.engine import Engine, EngineCounters, EngineSettings, Ticket
 from linnet.infer.generate import generate, stream_text, stream_tokens
 from linnet.infer.sampler import SamplingParams
 
-__all__ = ["SamplingParams", "generate", "stream_text", "stream_tokens"]
+__all__ = [
+    "Engine",
+    "EngineCounters",
+    "EngineSettings",
+    "SamplingParams",
+    "Ticket",
+    "generate",
+    "stream_text",
+    "stream_tokens",
+]

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from linnet.infer.sampler import SamplingParams, sample
+from linnet.infer.choosing import Chooser
+from linnet.infer.sampler import SamplingParams
+from linnet.infer.text_output import TextOutput
+from linnet.infer.vocabulary import Vocabulary
 from linnet.model.transformer import Model
-from linnet.text import StreamDecoder, Tokenizer
+from linnet.text import Tokenizer
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass, to bound memory on long prompts."""
@@ -58,34 +61,36 @@ def stream_text(model: Model, prompt: str | Sequence[int], params: SamplingParam
     Raises:
         ValueError: at once, as `generate` does.
     """
-    decoder = _tokenizer(model).stream()
+    output = TextOutput(_tokenizer(model), params.stop, params.include_stop, params.min_tokens)
     tokens = stream_tokens(model, encode_prompt(model, prompt), params)
-    return _pieces(tokens, decoder, _StopGate(params.stop))
+    return _pieces(tokens, output)
 
 
-def _pieces(tokens: Iterator[int], decoder: StreamDecoder, gate: "_StopGate") -> Iterator[str]:
+def _pieces(tokens: Iterator[int], output: TextOutput) -> Iterator[str]:
     for token in tokens:
-        if piece := gate.push(decoder.push(token)):
+        if piece := output.push(token):
             yield piece
-        if gate.is_closed:
+        if output.is_closed:
             return
-    if piece := gate.push(decoder.finish()) + gate.finish():
+    if piece := output.finish():
         yield piece
 
 
 def stream_tokens(
     model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int = PREFILL_CHUNK
 ) -> Iterator[int]:
-    """Yield the tokens after `prompt`, up to `max_tokens` or an end token, which is not yielded.
+    """Yield the tokens after `prompt`, up to `max_tokens` or an end or stop token, not yielded.
 
     Args:
         model: in eval mode.
         prompt: ids, at least one.
-        params: the rules; `stop` is a matter of text and ignored here.
+        params: the rules; `stop` is a matter of text and ignored here, and log-probabilities are
+            not reported.
         prefill_chunk: prompt tokens per forward pass; any value gives the same tokens.
 
     Raises:
-        ValueError: at once, for an empty prompt, a model in training mode or a chunk below 1.
+        ValueError: at once, for an empty prompt, a model in training mode, a chunk below 1 or a
+            rule that the model cannot keep.
     """
     if not len(prompt):
         raise ValueError("the prompt has no tokens; give at least one character")
@@ -93,32 +98,30 @@ def stream_tokens(
         raise ValueError("the model is in training mode; call model.eval() first")
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be positive")
-    return _decode(model, prompt, params, prefill_chunk)
+    vocabulary = Vocabulary(model.tokenizer, model.config.vocab_size, end_tokens(model))
+    chooser = Chooser(params, prompt, vocabulary)
+    return _decode(model, prompt, chooser, params.max_tokens, prefill_chunk)
 
 
 @torch.inference_mode()
 def _decode(
-    model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int
+    model: Model, prompt: Sequence[int], chooser: Chooser, max_tokens: int, prefill_chunk: int
 ) -> Iterator[int]:
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    end_ids = end_tokens(model)
     cache = model.new_cache()
     *first_chunks, pending = torch.tensor([list(prompt)], device=model.device).split(
         prefill_chunk, 1
     )
     for chunk in first_chunks:
         model(chunk, cache=cache, logits_to_keep=0)
-    for _ in range(params.max_tokens):
+    for _ in range(max_tokens):
         logits = model(pending, cache=cache, logits_to_keep=1)
-        token = sample(logits[0, -1].cpu(), params, generator)
-        if token in end_ids:
+        choice = chooser.choose(logits[0, -1].cpu())
+        if choice.is_end or choice.stop_token is not None:
             return
-        yield token
-        pending = torch.tensor([[token]], device=model.device)
+        yield choice.token
+        if choice.stop is not None:
+            return
+        pending = torch.tensor([[choice.token]], device=model.device)
 
 
 def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:
@@ -143,38 +146,3 @@ def _tokenizer(model: Model) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; put tokenizer.json into its folder")
     return model.tokenizer
-
-
-class _StopGate:
-    """Hold back text that may be the start of a stop string, and close at a whole one."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.is_closed = False
-
-    def push(self, text: str) -> str:
-        """Return what can be shown now."""
-        if self.is_closed:
-            return ""
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.is_closed, self._held = True, ""
-            return text[: min(found)]
-        keep = self._possible_start(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """Return what was held back and turned out to be no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-    def _possible_start(self, text: str) -> int:
-        """Return the length of the longest end of `text` that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0

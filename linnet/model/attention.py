@@ -4,15 +4,38 @@ Each holds its operator in `attend`, which `linnet.parallel` replaces from outsi
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from linnet import ops
-from linnet.model.cache import Cache
 from linnet.model.config import ModelConfig
 from linnet.model.decay import layer_slopes
 from linnet.model.layers import Linear, RMSNorm
+
+Attend = Callable[..., Tensor]
+"""The signature of `ops.softmax_attention`."""
+
+
+class Memory(Protocol):
+    """What earlier tokens left behind, for the tokens of one forward pass that continue them."""
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Return the positions [1, T] of the new tokens."""
+        ...
+
+    def state(self, layer: int) -> Tensor | None:
+        """Return the lightning states [B or N, H, K, V] of a layer; None for zeros."""
+        ...
+
+    def set_state(self, layer: int, state: Tensor) -> None:
+        """Replace them."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Keep the keys and values of a softmax layer, and attend to them and all before them."""
+        ...
 
 
 class Context(NamedTuple):
@@ -20,7 +43,7 @@ class Context(NamedTuple):
 
     rotary: tuple[Tensor, Tensor]
     """cos, sin of the positions, each [1, T, rotary_dim / 2] fp32."""
-    cache: Cache | None
+    cache: Memory | None
     cu_seqlens: Tensor | None
     forms_norms_again: bool = False
     """Whether the backward pass forms the results of norms again instead of keeping them."""
@@ -100,7 +123,8 @@ class SoftmaxAttention(nn.Module):
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # [B, T, H or G, K]
         q, k = ops.apply_rotary(q, *context.rotary), ops.apply_rotary(k, *context.rotary)
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
-        o = self.attend(q, k, v, cu_seqlens=context.cu_seqlens)
+        if context.cache is None:
+            o = self.attend(q, k, v, cu_seqlens=context.cu_seqlens)
+        else:
+            o = context.cache.attend(self.layer, q, k, v, self.attend)
         return self.o_proj(o.flatten(-2))

@@ -5,6 +5,7 @@ past what any snapshot sees, so a snapshot copies nothing and `restore` is an ex
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,16 @@ class Cache:
             own.copy_(state)
         self._states[layer], self._is_owned[layer] = own, True
         return own
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Return the positions [1, T] of the next tokens."""
+        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]
+    ) -> Tensor:
+        """Append keys and values [B, T, G, K], and attend to all with queries [B, T, H, K]."""
+        return attend(q, *self.append(layer, k, v))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [B, T, G, K] after the `length` tokens there, and return all of them.

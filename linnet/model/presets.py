@@ -8,6 +8,16 @@ from linnet.errors import CheckpointError, ConfigError
 from linnet.model.config import ModelConfig
 
 
+BUNDLED = "bundled"
+"""Names the small trained model that comes with the package."""
+
+
+def model_folder(source: str | Path) -> Path:
+    """Return the folder that `source` names: a path, or the bundled model's if it is its name."""
+    is_bundled = str(source) == BUNDLED and not Path(source).is_dir()
+    return Path(__file__).parents[1] / BUNDLED if is_bundled else Path(source)
+
+
 def config_of(source: str | Path) -> ModelConfig:
     """Return the configuration of a model folder, or of a preset if no folder has that name.
 
@@ -15,7 +25,7 @@ def config_of(source: str | Path) -> ModelConfig:
         CheckpointError: `source` is a file, or a path that does not exist.
         ConfigError: the folder's config is wrong, or no preset has this name.
     """
-    name, folder = str(source), Path(source)
+    name, folder = str(source), model_folder(source)
     if folder.is_dir():
         return ModelConfig.from_folder(folder)
     if name in PRESETS:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linnet.model.attention import Context, LightningAttention, SoftmaxAttention
+from linnet.model.attention import Context, LightningAttention, Memory, SoftmaxAttention
 from linnet.model.cache import Cache
 from linnet.model.config import SOFTMAX, Dialect, ModelConfig
 from linnet.model.decode import decode_step
 from linnet.model.layers import Embedding, Linear, RMSNorm
 from linnet.model.moe import MixtureOfExperts, RouterStats, SharedExpert
+from linnet.model.paged import PackedRows
 from linnet.ops import lm_head, recomputed, rotary_tables
 from linnet.ops.documents import check_offsets, document_bounds
 
@@ -157,6 +158,24 @@ class Model(nn.Module):
         return self._run_layers(tokens, None, cu_seqlens)
 
     @torch.no_grad()
+    def continue_packed(self, tokens: Tensor, rows: PackedRows) -> Tensor:
+        """Continue several sequences of a paged memory at once.
+
+        Args:
+            tokens: [1, T] int64, the new tokens of all sequences one after the other.
+            rows: which sequences, and how many tokens of each. Their states are replaced by
+                `rows.commit`, which the caller calls for those that are to keep the tokens.
+
+        Returns:
+            The normed hidden states [1, T, D] that the LM head reads.
+
+        Raises:
+            ValueError: tokens that do not fit, or ids outside the vocabulary.
+        """
+        self._check(tokens, None, rows.cu_seqlens)
+        return self._run_layers(tokens, rows, rows.cu_seqlens)[0]
+
+    @torch.no_grad()
     def _continue(self, tokens: Tensor, cache: Cache) -> Tensor:
         before = cache.snapshot()
         try:
@@ -169,10 +188,13 @@ class Model(nn.Module):
         return hidden
 
     def _run_layers(
-        self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None
+        self, tokens: Tensor, cache: Memory | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, list[RouterStats]]:
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        if cache is None:
+            positions = _positions(tokens, cu_seqlens)
+        else:
+            positions = cache.positions(tokens.shape[1], tokens.device)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         # A checkpointed block keeps nothing in any case.
         again = torch.is_grad_enabled() and not (self.activation_recompute and self.training)
@@ -235,9 +257,9 @@ def _smallest_and_largest(tokens: Tensor) -> tuple[int, int]:
     return min(map(min, rows)), max(map(max, rows))
 
 
-def _positions(tokens: Tensor, past: int, cu_seqlens: Tensor | None) -> Tensor:
+def _positions(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return positions [1, T], counted from the start of each document."""
-    positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
     if cu_seqlens is not None:
         offsets = cu_seqlens.to(positions.dtype)
         positions = positions - offsets[:-1].repeat_interleave(offsets.diff())

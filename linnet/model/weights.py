@@ -28,7 +28,7 @@ from linnet.model.layout import (
     disk_layout,
     layout_of,
 )
-from linnet.model.presets import config_of
+from linnet.model.presets import config_of, model_folder
 from linnet.model.quantize import Quantization, is_quantized, quantize_int8
 from linnet.model.transformer import Model
 from linnet.storage import atomic_folder
@@ -57,7 +57,7 @@ def load_model(
     """Load a checkpoint folder of any dialect, or build a preset with random weights.
 
     Args:
-        source: a folder, or the name of a preset.
+        source: a folder, the name of a preset, or "bundled" for the model that comes with linnet.
         dtype: of the parameters and activations, "auto" for the one on disk; router and LM head
             are fp32 always.
         device: where the parameters go; "meta" builds the shape alone.
@@ -80,7 +80,7 @@ def load_model(
 def _load(
     source: str | Path, dtype: str | torch.dtype, device: str | torch.device, seed: int
 ) -> Model:
-    config, folder = config_of(source), Path(source)
+    config, folder = config_of(source), model_folder(source)
     if not folder.is_dir():
         model = build_model(config, resolve_dtype("float32" if dtype == "auto" else dtype), device)
         if model.device.type != "meta":

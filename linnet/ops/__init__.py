@@ -24,11 +24,12 @@ from linnet.ops.norm import rms_norm
 from linnet.ops.recompute import recomputed
 from linnet.ops.rotary import apply_rotary, rotary_tables
 from linnet.ops.routed import routed_ffn
-from linnet.ops.softmax_attention import softmax_attention
+from linnet.ops.softmax_attention import continue_softmax_attention, softmax_attention
 
 __all__ = [
     "apply_rotary",
     "combine_rows",
+    "continue_softmax_attention",
     "cross_entropy",
     "expert_capacity",
     "expert_means",

@@ -5,6 +5,8 @@ visible to whom: causal from the end of the keys (so that a chunk continues a ca
 documents that do not see each other.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,45 @@ def softmax_attention(
         ]
         o = torch.cat(parts, 2) if parts else heads_first[0].new_zeros(1, q.shape[2], 0, v.shape[3])
     return o.transpose(1, 2).to(v.dtype)
+
+
+@torch.no_grad()
+def continue_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Iterable[tuple[Tensor, Tensor]],
+    scale: float | None = None,
+) -> Tensor:
+    """Attend to earlier keys that come in segments, and causally to the tokens' own.
+
+    On the CPU one segment is in memory at a time, so that a paged or huge past is never gathered
+    whole. Without gradients.
+
+    Args:
+        q: [B, T, H, K] queries.
+        k: [B, T, G, K] keys of the same tokens.
+        v: [B, T, G, V] their values.
+        past: (keys [B, S, G, K], values [B, S, G, V]) of earlier tokens, S > 0, in any number.
+        scale: factor on q . k; 1/sqrt(K) by default.
+
+    Returns:
+        [B, T, H, V] in `v.dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    _check(q, k, v, None)
+    if q.device.type != "cpu" or q.shape[3] != v.shape[3]:
+        keys, values = (torch.cat(x, 1) for x in zip(*past, (k, v), strict=True))
+        return softmax_attention(q, keys, values, scale=scale)
+    dtype = product_dtype(q.dtype, q.device)
+    queries, own_k, own_v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    part = _attend_own(queries, own_k, own_v, scale)
+    for segment in past:
+        keys, values = (x.to(dtype).transpose(1, 2) for x in segment)
+        part = _join(_attend_past(queries, keys, values, scale), part)
+    return part[0].transpose(1, 2).to(v.dtype)
 
 
 def softmax_attention_reference(
@@ -130,16 +171,31 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def _continue_chunk(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float | None) -> Tensor:
     """Attend to the past without a mask, to the chunk causally, and join the two by their sums."""
+    before = _attend_past(q, k[:, :, :past], v[:, :, :past], scale)
+    return _join(before, _attend_own(q, k[:, :, past:], v[:, :, past:], scale))[0]
+
+
+_Part = tuple[Tensor, Tensor]
+"""Attention [B, H, T, V] over some of the keys, and the log of its exponentials' sum [B, H, T]."""
+
+
+def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> _Part:
     batch, heads, length, _ = q.shape
-    groups = k.shape[1]
     # Queries of one group side by side: without a mask their order does not matter.
-    folded = q.reshape(batch, groups, -1, q.shape[3])  # [B, G, H / G * T, K]
-    before, sum_before = _flash(folded, k[:, :, :past], v[:, :, :past], False, scale)
-    own_k, own_v = (x[:, :, past:].repeat_interleave(heads // groups, 1) for x in (k, v))
-    within, sum_within = _flash(q, own_k, own_v, True, scale)
-    sum_before = sum_before.reshape(batch, heads, length)
-    share = torch.sigmoid(sum_before - sum_within)[..., None]  # [B, H, T, 1]
-    return torch.lerp(within, before.reshape(within.shape), share.to(within.dtype))
+    folded = q.reshape(batch, k.shape[1], -1, q.shape[3])  # [B, G, H / G * T, K]
+    o, log_sum = _flash(folded, k, v, False, scale)
+    return o.reshape(batch, heads, length, -1), log_sum.reshape(batch, heads, length)
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> _Part:
+    own_k, own_v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return _flash(q, own_k, own_v, True, scale)
+
+
+def _join(before: _Part, within: _Part) -> _Part:
+    share = torch.sigmoid(before[1] - within[1])[..., None]  # [B, H, T, 1]
+    o = torch.lerp(within[0], before[0], share.to(within[0].dtype))
+    return o, torch.logaddexp(before[1], within[1])
 
 
 def _flash(

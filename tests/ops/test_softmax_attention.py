@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from linnet.ops import softmax_attention
+from linnet.ops import continue_softmax_attention, softmax_attention
 from linnet.ops.softmax_attention import softmax_attention_reference
 
 FP64 = 1e-12
@@ -136,3 +136,16 @@ def test_wrong_arguments_are_named(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         softmax_attention(**(args | changes))
+
+
+@pytest.mark.parametrize("sizes", [(), (5,), (3, 1, 64), (1, 1)])
+@pytest.mark.parametrize("length", [1, 7, 65])
+def test_segments_of_a_past_give_the_attention_of_the_whole(generator, sizes, length):
+    past = sum(sizes)
+    q = torch.randn(1, past + length, 4, 8, generator=generator)
+    k, v = (torch.randn(1, past + length, 2, 8, generator=generator) for _ in range(2))
+    expected = softmax_attention_reference(q.double(), k.double(), v.double())[:, past:]
+    segments = zip(k[:, :past].split(sizes, 1), v[:, :past].split(sizes, 1), strict=True)
+    new = (x[:, past:] for x in (q, k, v))
+    o = continue_softmax_attention(*new, segments if sizes else ())
+    torch.testing.assert_close(o.double(), expected, atol=1e-5, rtol=0)

@@ -8,6 +8,9 @@ from torch import Tensor
 from linnet.ops.native import library, pointer
 from linnet.ops.native.arguments import fields
 
+KEY_BLOCK = 64
+"""Keys that the kernel takes at a time, one after the other in memory."""
+
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -65,13 +68,21 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         ("model", ctypes.POINTER(Model)),
-        *fields(ctypes.c_void_p, "tokens", "lengths", "memory", "logits"),
+        *fields(ctypes.c_void_p, "tokens", "lengths", "memory", "pages"),
+        ("page_size", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
         *fields(ctypes.c_int64, "batch_size", "num_threads"),
     )
 
 
 def run(
-    model: Model, tokens: Tensor, lengths: int, memory: ctypes.Array, logits: Tensor | None
+    model: Model,
+    tokens: Tensor,
+    lengths: int,
+    memory: int,
+    logits: Tensor | None,
+    pages: int = 0,
+    page_size: int = 0,
 ) -> None:
     """Advance every row by one token.
 
@@ -82,9 +93,11 @@ def run(
         model: whose tensors are alive.
         tokens: [B, 1] int64 contiguous, within the vocabulary.
         lengths: address of [B] int64 counts of the tokens that each row has taken in.
-        memory: [L * B * 2] addresses: a state [H, K, K] fp32 and 0, or keys and values
-            [capacity, G, K] with room for one token more.
+        memory: address of [L, B, 2] addresses: a state [H, K, K] fp32 and 0, or keys and values
+            [capacity, G, K] with room for one token more; with pages [pages, page_size, G, K].
         logits: [B, 1, vocab] fp32 to be filled; None if they are not wanted.
+        pages: address of [B] addresses of int64 tables, of the pages that hold a row's tokens.
+        page_size: tokens in a page, a multiple of `KEY_BLOCK`.
 
     Raises:
         MemoryError: nothing has changed then.
@@ -93,7 +106,9 @@ def run(
         ctypes.pointer(model),
         tokens.data_ptr(),
         lengths,
-        ctypes.addressof(memory),
+        memory,
+        pages,
+        page_size,
         pointer(logits),
         tokens.shape[0],
         torch.get_num_threads(),

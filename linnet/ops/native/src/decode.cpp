@@ -145,6 +145,11 @@ class Worker {
     return std::max<int64_t>(1, std::min(w_.max_parts, (step_.lengths[b] + 1) / MIN_KEYS));
   }
 
+  // Where a range begins: with a block of keys, so that no block crosses a page.
+  static int64_t first_key(int64_t num_keys, int64_t part, int64_t parts) {
+    return part == parts ? num_keys : num_keys * part / parts / KEY_BLOCK * KEY_BLOCK;
+  }
+
   float* partials(int64_t b, int64_t part, int64_t head) const {
     const int64_t row = (b * w_.max_parts + part) * m_.num_heads + head;
     return w_.partials + row * Partial::size(m_.head_dim);
@@ -165,21 +170,22 @@ class Worker {
   void mix_range(int64_t l, int64_t b, int64_t group, int64_t part) {
     const int64_t dim = m_.head_dim, step = m_.num_kv_heads * dim, past = step_.lengths[b];
     const int64_t heads = m_.num_heads / m_.num_kv_heads, own = thread_ * heads;
-    const int64_t parts = parts_of(b), begin = (past + 1) * part / parts;
-    const int64_t end = (past + 1) * (part + 1) / parts;
+    const int64_t parts = parts_of(b), begin = first_key(past + 1, part, parts);
+    const int64_t end = first_key(past + 1, part + 1, parts);
+    const Places places{step_.pages ? step_.pages[b] : nullptr, step_.page_size};
     T* keys = memory<T>(l, b, 0) + group * dim;
     T* values = memory<T>(l, b, 1) + group * dim;
     const float* inputs = w_.inputs[b];
     if (end == past + 1) {
       const float* k = inputs + inner_ + group * dim;
       turn(k, b, 1.0f, w_.heads[own]);
-      narrow_row(w_.heads[own], keys + past * step);
-      narrow_row(k + step, values + past * step);
+      narrow_row(w_.heads[own], keys + places[past] * step);
+      narrow_row(k + step, values + places[past] * step);
     }
     for (int64_t h = 0; h < heads; h++)
       turn(inputs + (group * heads + h) * dim, b, 1.0f / std::sqrt(float(dim)), w_.heads[own + h]);
-    attend(w_.heads.rows + own, heads, keys + begin * step, values + begin * step, step,
-           end - begin, dim, w_.scores.rows + own, partials(b, part, group * heads));
+    attend(w_.heads.rows + own, heads, keys, values, step, places, begin, end, dim,
+           w_.scores.rows + own, partials(b, part, group * heads));
   }
 
   // Rotary position (ops/rotary.py) and a factor.

@@ -40,8 +40,11 @@ struct DecodeStep {
   const int64_t* tokens;  // [B]
   int64_t* lengths;       // [B] tokens that each row has taken in; counted up at the end
   // [L, B, 2]: state [H, K, K] fp32 and null, or keys and values [capacity, G, K] with room for
-  // one more token.
+  // one more token. With pages these are [pages, page_size, G, K].
   void* const* memory;
+  // [B] tables of the pages that hold the tokens of a row, in order; null without pages.
+  const int64_t* const* pages;
+  int64_t page_size;  // tokens, a multiple of KEY_BLOCK
   float* logits;  // [B, vocab], null if not wanted
   int64_t batch_size, num_threads;
 };

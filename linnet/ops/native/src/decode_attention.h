@@ -105,27 +105,37 @@ inline void exponentiate(float* scores, int64_t count, int64_t dim, float* parti
   Partial::largest(partial, dim) = top[0];
 }
 
-// Attention of the heads of one key/value group over `count` keys, with an online softmax.
-// q: [heads] rows of K, scaled; scores: [heads] rows of KEY_BLOCK, one after the other; partials:
-// [heads, Partial::size(K)].
+// Where the keys or values of a row lie: one after the other, or in pages.
+struct Places {
+  const int64_t* pages;
+  int64_t page_size;
+  int64_t operator[](int64_t token) const {
+    return pages ? pages[token / page_size] * page_size + token % page_size : token;
+  }
+};
+
+// Attention of the heads of one key/value group over the keys [begin, end), with an online
+// softmax; begin is a multiple of KEY_BLOCK. q: [heads] rows of K, scaled; scores: [heads] rows of
+// KEY_BLOCK, one after the other; partials: [heads, Partial::size(K)].
 template <typename T>
 void attend(const float* const* q, int64_t heads, const T* keys, const T* values, int64_t step,
-            int64_t count, int64_t dim, float* const* scores, float* partials) {
+            Places places, int64_t begin, int64_t end, int64_t dim, float* const* scores,
+            float* partials) {
   const int64_t size = Partial::size(dim);
   for (int64_t h = 0; h < heads; h++) {
     float* partial = partials + h * size;
     std::fill(partial, partial + size, 0.0f);
     Partial::largest(partial, dim) = -INFINITY;
   }
-  for (int64_t j = 0; j < count; j += KEY_BLOCK) {
-    const int64_t n = std::min(KEY_BLOCK, count - j);
-    product(keys + j * step, step, nullptr, dim, 0, n, q, scores, heads);
+  for (int64_t j = begin; j < end; j += KEY_BLOCK) {
+    const int64_t n = std::min(KEY_BLOCK, end - j), first = places[j] * step;
+    product(keys + first, step, nullptr, dim, 0, n, q, scores, heads);
     for (int64_t h = 0; h < heads; h++) exponentiate(scores[h], n, dim, partials + h * size);
     int64_t h = 0;
     for (; h + 4 <= heads; h += 4)
-      add_values<4>(values + j * step, step, n, scores[h], dim, partials + h * size, size);
+      add_values<4>(values + first, step, n, scores[h], dim, partials + h * size, size);
     for (; h < heads; h++)
-      add_values<1>(values + j * step, step, n, scores[h], dim, partials + h * size, size);
+      add_values<1>(values + first, step, n, scores[h], dim, partials + h * size, size);
   }
 }
 

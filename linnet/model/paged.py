@@ -1,0 +1,245 @@
+"""The memory of many sequences in one place: slots of lightning states, pages of keys and values.
+
+The tensors are made once and never grow. Which sequence owns which slot and pages is decided
+elsewhere (`linnet.infer`); here are the tensors, and the view of them that one forward pass takes.
+"""
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linnet.model.config import SOFTMAX, ModelConfig
+from linnet.ops import continue_softmax_attention
+from linnet.ops.native.decode import KEY_BLOCK
+
+PAGE_SIZE = KEY_BLOCK
+"""Tokens in a page of keys and values."""
+
+SEGMENT_PAGES = 512
+"""Pages of a past that are gathered at a time."""
+
+
+@dataclass(slots=True)
+class Row:
+    """Where one sequence lies."""
+
+    slot: int
+    """Of its lightning states."""
+    pages: array = field(default_factory=lambda: array("q"))
+    """int64 numbers of the pages that hold its keys and values, in order."""
+    length: int = 0
+    """Tokens taken in."""
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Return how many pages are missing for so many more tokens."""
+        return max(0, pages_of(self.length + num_tokens) - len(self.pages))
+
+
+def pages_of(num_tokens: int) -> int:
+    """Return how many pages hold so many tokens."""
+    return -(-num_tokens // PAGE_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """A sequence's states and keys/values taken out of the memory, in tensors of their own."""
+
+    length: int
+    states: tuple[Tensor, ...]
+    """[H, K, K] fp32 of each lightning layer."""
+    keys: tuple[Tensor, ...]
+    """[pages * PAGE_SIZE, G, K] of each softmax layer; what lies beyond `length` means nothing."""
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in (*self.states, *self.keys, *self.values))
+
+
+class PagedMemory:
+    """States and keys/values of many sequences.
+
+    Args:
+        config: of the model.
+        num_slots: sequences and snapshots that can hold states.
+        num_pages: of `PAGE_SIZE` tokens, in each softmax layer.
+        dtype: of keys and values: the model's compute dtype.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        heads, dim, groups = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.num_key_value_heads,
+        )
+        self.kinds = config.attn_type_list
+        self.num_slots, self.num_pages = num_slots, num_pages
+        self.dtype, self.is_cpu = dtype, torch.device(device).type == "cpu"
+        # Not zeroed: the pages of memory that no sequence has used are not taken from the machine.
+        self.states: list[Tensor | None] = [
+            None
+            if kind == SOFTMAX
+            else torch.empty(num_slots, heads, dim, dim, device=device, dtype=torch.float32)
+            for kind in self.kinds
+        ]
+        """[slots, H, K, K] fp32 of each lightning layer."""
+        self.keys, self.values = (
+            [
+                torch.empty(num_pages, PAGE_SIZE, groups, dim, device=device, dtype=dtype)
+                if kind == SOFTMAX
+                else None
+                for kind in self.kinds
+            ]
+            for _ in range(2)
+        )
+        """[pages, PAGE_SIZE, G, K] of each softmax layer."""
+
+    def clear(self, slot: int) -> None:
+        """Set the states of a slot to those of an empty sequence."""
+        for state in self._lightning():
+            state[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the states of one slot to another."""
+        for state in self._lightning():
+            state[target] = state[source]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys and values of one page to another."""
+        for tensor in self._softmax():
+            tensor[target] = tensor[source]
+
+    def take_out(self, row: Row) -> Extract:
+        """Return a copy of what a sequence has."""
+        pages = _indices(row.pages[: pages_of(row.length)])
+        gathered = [
+            tensor.index_select(0, pages.to(tensor.device)).flatten(0, 1)
+            for tensor in self._softmax()
+        ]
+        states = tuple(state[row.slot].clone() for state in self._lightning())
+        half = len(gathered) // 2
+        return Extract(row.length, states, tuple(gathered[:half]), tuple(gathered[half:]))
+
+    def put_back(self, extract: Extract, row: Row) -> None:
+        """Fill the slot and pages of a row, which has enough of them, and set its length."""
+        for state, own in zip(self._lightning(), extract.states, strict=True):
+            state[row.slot] = own
+        pages = _indices(row.pages[: pages_of(extract.length)])
+        for tensor, own in zip(self._softmax(), (*extract.keys, *extract.values), strict=True):
+            tensor[pages.to(tensor.device)] = own.unflatten(0, (-1, PAGE_SIZE)).to(tensor.device)
+        row.length = extract.length
+
+    def _lightning(self) -> Iterator[Tensor]:
+        return (state for state in self.states if state is not None)
+
+    def _softmax(self) -> Iterator[Tensor]:
+        return (tensor for tensor in (*self.keys, *self.values) if tensor is not None)
+
+
+class PackedRows:
+    """Several sequences of a paged memory with their new tokens side by side in one forward pass.
+
+    Keys and values are written as the layers run, beyond the length of each sequence, where nobody
+    reads them until `commit` counts the tokens.
+
+    Args:
+        memory: where they lie.
+        rows: the sequences, each with pages for its new tokens.
+        lengths: how many new tokens each has.
+    """
+
+    def __init__(
+        self, memory: PagedMemory, rows: Sequence[Row], lengths: Sequence[int], device: torch.device
+    ) -> None:
+        self._memory, self._rows, self._lengths = memory, rows, lengths
+        self._bounds = list(itertools.accumulate(lengths, initial=0))
+        self.cu_seqlens = torch.tensor(self._bounds, device=device)
+        """[N + 1] int64 offsets of the sequences' new tokens."""
+        positions = [
+            torch.arange(row.length, row.length + n) for row, n in zip(rows, lengths, strict=True)
+        ]
+        self._positions = torch.cat(positions).to(device)
+        pages = [
+            _indices(row.pages)[row_positions // PAGE_SIZE]
+            for row, row_positions in zip(rows, positions, strict=True)
+        ]
+        self._pages, self._offsets = torch.cat(pages).to(device), self._positions % PAGE_SIZE
+        self._slots = torch.tensor([row.slot for row in rows], device=device)
+        self._new_states: dict[int, Tensor] = {}
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Return the positions [1, T] of the new tokens."""
+        return self._positions[None]
+
+    def state(self, layer: int) -> Tensor | None:
+        """Return the states [N, H, K, K] from which the new tokens start."""
+        states = self._memory.states[layer]
+        assert states is not None
+        return states[self._slots]
+
+    def set_state(self, layer: int, state: Tensor) -> None:
+        """Keep the states after the new tokens until `commit`."""
+        self._new_states[layer] = state
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]
+    ) -> Tensor:
+        """Write keys and values [1, T, G, K], and attend sequence by sequence."""
+        keys, values = self._memory.keys[layer], self._memory.values[layer]
+        assert keys is not None and values is not None
+        keys[self._pages, self._offsets] = k[0]
+        values[self._pages, self._offsets] = v[0]
+        parts = []
+        for row, (start, stop) in zip(self._rows, itertools.pairwise(self._bounds), strict=True):
+            own_q, own_k, own_v = (x[:, start:stop] for x in (q, k, v))
+            if row.length:
+                past = _segments(keys, values, row)
+                parts.append(continue_softmax_attention(own_q, own_k, own_v, past))
+            else:
+                parts.append(attend(own_q, own_k, own_v))
+        return torch.cat(parts, 1)
+
+    def commit(self, keep: Sequence[bool]) -> None:
+        """Replace the states and count the tokens of the sequences that keep them.
+
+        Args:
+            keep: one claim per sequence.
+        """
+        kept = [n for n, is_kept in enumerate(keep) if is_kept]
+        if not kept:
+            return
+        index = torch.tensor(kept, device=self._slots.device)
+        slots = self._slots[index]
+        for layer, new in self._new_states.items():
+            states = self._memory.states[layer]
+            assert states is not None
+            states[slots] = new if len(kept) == len(keep) else new[index]
+        for n in kept:
+            self._rows[n].length += self._lengths[n]
+
+
+def _segments(keys: Tensor, values: Tensor, row: Row) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the past of a row as (keys, values) [1, S, G, K], a bounded number of pages each."""
+    for start in range(0, row.length, SEGMENT_PAGES * PAGE_SIZE):
+        stop = min(row.length, start + SEGMENT_PAGES * PAGE_SIZE)
+        pages = _indices(row.pages[start // PAGE_SIZE : pages_of(stop)]).to(keys.device)
+        k, v = (x.index_select(0, pages).flatten(0, 1)[None] for x in (keys, values))
+        yield k[:, : stop - start], v[:, : stop - start]
+
+
+def _indices(pages: array) -> Tensor:
+    return torch.from_numpy(np.array(pages, dtype=np.int64))
