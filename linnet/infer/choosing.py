@@ -104,10 +104,10 @@ class Chooser:
             raise choice
         return choice
 
-    def _choose(self, logits: Tensor, row: Row) -> Choice:
+    def _choose(self, logits: Tensor, row: Row, best: int) -> Choice:
         token = self._spans.forced
         if token is None:
-            token = self._pick(row)
+            token = self._pick(row, best)
         logprob, repeats = None, False
         if self._params.logprobs is not None or self._params.repetition_stop is not None:
             scores = logits.log_softmax(-1).numpy()
@@ -116,23 +116,28 @@ class Chooser:
                 logprob = _token_logprob(scores, token, self._params.logprobs)
         return self._go_on(token, logprob, repeats)
 
-    def _pick(self, row: Row) -> int:
-        row = self._adjusted(row)
-        while True:
-            token = int(row.argmax())
-            if not math.isfinite(row[token]):
-                raise ValueError(_NOTHING_LEFT)
+    def _pick(self, row: Row, best: int) -> int:
+        if self._changes_logits:
+            row = self._adjusted(row)
+            best = int(row.argmax())
+        while math.isfinite(row[best]):
+            token = best
             if self._params.temperature > 0:
-                token = draw(row, self._params, self._random)
+                token = draw(row, row[best], self._params, self._random)
             if self._gate is None or not self._gate.spills(token):
                 return token
             row[token] = -math.inf
+            best = int(row.argmax())
+        raise ValueError(_NOTHING_LEFT)
+
+    @property
+    def _changes_logits(self) -> bool:
+        is_too_short = self._num_tokens < self._params.min_tokens
+        return bool(self._penalties or self._gate or is_too_short)
 
     def _adjusted(self, row: Row) -> Row:
         """Return the logits after penalties, with -inf for what is ruled out."""
         ends_are_banned = self._num_tokens < self._params.min_tokens
-        if not (self._penalties or self._gate or ends_are_banned):
-            return row
         row = row.copy()
         if self._penalties:
             self._penalties.apply(row)
@@ -149,6 +154,9 @@ class Chooser:
     def _go_on(
         self, token: int, logprob: TokenLogprob | None = None, repeats: bool = False
     ) -> Choice:
+        counts_ends = self._gate is not None or not self._params.ignore_eos
+        if counts_ends and token in self._vocabulary.end_ids:
+            return Choice(token, logprob, is_end=True)
         self._num_tokens += 1
         if self._penalties:
             self._penalties.count(token)
@@ -156,9 +164,6 @@ class Chooser:
             self._gate.push(token)
         else:
             self._spans.push(self._vocabulary.token_bytes(token))
-        counts_ends = self._gate is not None or not self._params.ignore_eos
-        if counts_ends and token in self._vocabulary.end_ids:
-            return Choice(token, logprob, is_end=True)
         if token in self._params.stop_token_ids:
             return Choice(token, logprob, stop="stop", stop_token=token)
         if self._gate and self._gate.is_complete:
@@ -193,7 +198,7 @@ def choose_all(choosers: Sequence[Chooser], logits: Tensor) -> list[Choice | Val
             if not math.isfinite(rows[at, token]):
                 raise ValueError(_NOT_FINITE)
             if chooser.needs_row_work:
-                choices.append(chooser._choose(logits[at], rows[at]))
+                choices.append(chooser._choose(logits[at], rows[at], token))
             else:
                 choices.append(chooser._go_on(token))
         except ValueError as error:

@@ -26,14 +26,20 @@ from linnet.text import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 MAX_SOURCE_BYTES = 256 * 1024
 MAX_COMPILED = 64
 CHECK_TIMEOUT_S = 5.0
-"""For the process that tries a grammar, on a machine too busy to give it its second of CPU time."""
+"""For the process that tries a grammar, should the machine be too busy for its second of work."""
 
-# Nothing, one space, or a line end with its indentation: a model must not go on with blanks forever.
-_JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,64}", "lenient": False, "coerce_one_of": False}
+_JSON_OPTIONS: "JsonCompileOptions" = {
+    # One space, or a line end and its indentation: a model must not go on with blanks forever.
+    "whitespace_pattern": r" |\n[ \t]{0,64}",
+    # What a schema asks for is kept or refused, whatever options it sets itself.
+    "lenient": False,
+    "coerce_one_of": False,
+}
 _UNKNOWN = "\ufffd".encode()
 
 

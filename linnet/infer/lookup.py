@@ -26,7 +26,14 @@ def propose(tokens: array, max_tokens: int) -> list[int]:
         pattern, end = data[-ngram * size :], len(data) - size
         while (at := data.rfind(pattern, 0, end)) >= 0:
             if at % size == 0:
-                start = at // size + ngram
-                return recent[start : start + max_tokens].tolist()
+                return _continue(recent, at // size + ngram, max_tokens)
             end = at + len(pattern) - 1
     return []
+
+
+def _continue(tokens: array, start: int, max_tokens: int) -> list[int]:
+    """Return the tokens from `start` on, over again where they end: a loop may go on."""
+    guesses = tokens[start : start + max_tokens].tolist()
+    for place in range(len(guesses), max_tokens):
+        guesses.append(guesses[place - (len(tokens) - start)])
+    return guesses

@@ -104,7 +104,10 @@ class Runner:
         tokens = [token for n in places for token in chunks[n].tokens]
         hidden = self.model.continue_packed(torch.tensor([tokens], device=device), rows)[0]
         stops = itertools.accumulate(lengths)
-        wanted = [hidden[stop - chunks[n].num_logits : stop] for n, stop in zip(places, stops, strict=True)]
+        wanted = [
+            hidden[stop - chunks[n].num_logits : stop]
+            for n, stop in zip(places, stops, strict=True)
+        ]
         sizes = [len(own) for own in wanted]
         if sum(sizes):
             logits = lm_head(torch.cat(wanted), self.model.lm_head.weight).cpu()

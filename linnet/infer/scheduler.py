@@ -143,20 +143,22 @@ class Scheduler:
         if slot is None:
             return False
         row = Row(slot)
-        if sequence.parked is not None:
-            self._make_room(pages_of(sequence.parked.length))
-            self._blocks.extend(row, sequence.parked.length)
-            memory.put_back(sequence.parked, row)
-            sequence.parked = None
-        else:
+        if sequence.parked is None:
             self._start_from_prefix(sequence, row)
-        self._make_room(row.pages_for(wanted - row.length))
-        if not self._blocks.extend(row, wanted - row.length):
+        if not self._reserve(row, wanted):
             self._blocks.give_row(row)
             return False
+        if sequence.parked is not None:
+            memory.put_back(sequence.parked, row)
+            sequence.parked = None
         sequence.row = row
         sequence.started_s = sequence.started_s or time.monotonic()
         return True
+
+    def _reserve(self, row: Row, num_tokens: int) -> bool:
+        """Give a row the pages for so many tokens in all, evicting kept prefixes for them."""
+        missing = num_tokens - row.length
+        return self._make_room(row.pages_for(missing)) and self._blocks.extend(row, missing)
 
     def _owned(self) -> int:
         """Return how many pages the running sequences have, shared ones counted once."""
