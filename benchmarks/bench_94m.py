@@ -33,6 +33,7 @@ from linnet.model.cost import forward_flops, training_flops
 from linnet.model.init import initialize
 from linnet.model.weights import build_model, load_model
 from linnet.ops import cross_entropy
+from linnet.train.machine import return_freed_tensors
 
 BATCH, LENGTH, PREFILL, CONTEXT, STEPS = 4, 1024, 8192, 256, 16
 LENGTHS = (2048, 8192, 32_768)
@@ -368,6 +369,7 @@ def their_decode_loop(model: Any) -> Callable[[], None]:  # Any: transformers is
 def peak_memory(side: str, folder: str, dtype: str) -> dict[str, int]:
     """Return the peak bytes of three training steps, in all and above the loaded weights."""
     if side == "linnet":
+        return_freed_tensors()  # as `linnet train` does
         step = training_step(load_ours(folder, dtype))
     else:
         step = their_training_step(load_theirs(folder, dtype))

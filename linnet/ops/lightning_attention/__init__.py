@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linnet.ops.documents import document_bounds
 from linnet.ops.lightning_attention.checks import check_arguments, check_decay
-from linnet.ops.lightning_attention.operator import lightning_attention_op
+from linnet.ops.lightning_attention.operator import forward, lightning_attention_op
 from linnet.ops.lightning_attention.recurrent import decode_step
 from linnet.ops.lightning_attention.reference import reference
 from linnet.ops.matmul import wide, wide_dtype
@@ -70,15 +70,16 @@ def lightning_attention(
     check_arguments(q, k, v, decay, initial_state, cu_seqlens)
     if activation not in (None, *get_args(Activation)):
         raise ValueError(f"activation {activation!r} is neither None nor 'silu'")
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, initial_state)
+    )
     if backend is None:
-        needs_grad = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, initial_state)
-        )
         is_step = q.shape[1] == 1 and cu_seqlens is None and not needs_grad
         backend = "recurrent" if is_step else None
     if backend in (None, "native", "triton", "chunked"):
         implementation = backend or "auto"
-        o, state = lightning_attention_op(
+        is_plain = type(q) is Tensor and not needs_grad and not torch.compiler.is_compiling()
+        o, state = (forward if is_plain else lightning_attention_op)(
             q, k, v, decay, initial_state, cu_seqlens, implementation, activation == "silu"
         )
         return o, state if return_state else None

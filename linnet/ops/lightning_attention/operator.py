@@ -30,6 +30,24 @@ def lightning_attention_op(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward pass; arguments and results as in `linnet.lightning_attention`."""
+    return forward(q, k, v, decay, initial_state, cu_seqlens, implementation, silu)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    implementation: str,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what the operator does, for plain tensors without gradients.
+
+    Going around the dispatcher saves a tenth of a millisecond at each call, and at the first one
+    the seconds in which torch loads its compiler.
+    """
     module = _choose(q, k, v, implementation)
     if module is not chunked:
         return module.forward(q, k, v, decay, initial_state, cu_seqlens, silu=silu)
