@@ -413,12 +413,16 @@ def test_kernels_take_rows_of_different_lengths(tiny_model):
     ]
     continue_by_steps(model, token, model.new_cache(3))
     decoder = decode._decoders[model]
-    rows = [list(decoder.memory_of(cache)) for cache in caches]  # [3][L * 2]
+    for cache in caches:
+        decoder.memory_of(cache)
+    rows = [list(decoder._memories[cache].addresses) for cache in caches]  # [3][L * 2]
     layers = [[row[2 * layer : 2 * layer + 2] for row in rows] for layer in range(2)]
     memory = (ctypes.c_void_p * 12)(*chain.from_iterable(chain.from_iterable(layers)))
     lengths = torch.tensor([cache.length for cache in caches])
     logits = torch.empty(3, 1, 61)
-    native_decode.run(decoder.table.native, token, lengths.data_ptr(), memory, logits)
+    native_decode.run(
+        decoder.table.native, token, lengths.data_ptr(), ctypes.addressof(memory), logits
+    )
     assert lengths.tolist() == [6, 41, 301]
     assert_close(logits, torch.cat(expected))
 
