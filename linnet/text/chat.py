@@ -14,6 +14,7 @@ from typing import Any
 from linnet.errors import DataError
 from linnet.text.special import BEGINNING_OF_SENTENCE
 from linnet.text.template import M1_TEMPLATE, render
+from linnet.text.template_m2 import M2_TEMPLATE
 from linnet.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # Any: a message is JSON from outside, checked before it is rendered
@@ -30,21 +31,28 @@ def render_chat(
 
     Args:
         messages: `{"role", "content"}` mappings; a content is a string or a list of
-            `{"type": "text", "text"}` parts, an assistant may have `tool_calls`, a tool result
-            names its tool by `name` or `tool_call_id`.
-        tools: JSON descriptions of the tools that may be called.
+            `{"type": "text", "text"}` parts, an assistant may have `tool_calls` and
+            `reasoning_content` (which M1's template does not show), a tool result names its tool
+            by `name` or `tool_call_id`.
+        tools: JSON descriptions of the tools that may be called, bare or in the OpenAI form.
         add_generation_prompt: end with the opening of the assistant's turn.
-        template: a Jinja chat template, which gets `messages` as they are; MiniMax-M1's by default.
+        template: a Jinja chat template; MiniMax-M1's by default. One that is not ours gets
+            `messages` and `tools` as they are, but the arguments of tool calls always as objects.
 
     Raises:
-        ValueError: a message has an unknown role or a content that is not text.
+        ValueError: a message has an unknown role, a content that is not text, or a tool call
+            without a name and a JSON object.
         DataError: the template cannot be rendered.
     """
+    messages = [_parse_arguments(message) for message in messages]
     tool_names: dict[str, str] = {}
     checked = [_normalize(message, tool_names) for message in messages]
+    tools = list(tools or ())
+    if template in (None, M1_TEMPLATE, M2_TEMPLATE):
+        messages, tools = checked, [tool.get("function", tool) for tool in tools]
     variables = {
-        "messages": checked if template in (None, M1_TEMPLATE) else list(messages),
-        "tools": list(tools) if tools else None,
+        "messages": messages,
+        "tools": tools or None,
         "add_generation_prompt": add_generation_prompt,
     }
     return render(template or M1_TEMPLATE, variables)
@@ -64,7 +72,7 @@ def encode_chat(
     those of `render_chat`.
 
     Raises:
-        ValueError: a message has an unknown role or a content that is not text.
+        ValueError: as `render_chat`.
         DataError: the template cannot be rendered, or is MiniMax-M1's while `tokenizer` lacks its
             control tokens.
     """
@@ -75,7 +83,8 @@ def encode_chat(
         )
     disguise = _Disguise(tokenizer)
     text = render_chat(
-        [disguise.message(message) for message in messages],
+        # JSON is read before it is disguised: `[` may be the edge of a special token.
+        [disguise.message(_parse_arguments(message)) for message in messages],
         [_map_strings(tool, disguise.hide) for tool in tools or ()],
         add_generation_prompt,
         template,
@@ -155,6 +164,8 @@ def _normalize(message: Message, tool_names: dict[str, str]) -> dict[str, Any]:
     result: dict[str, Any] = {"role": role, "content": _parts(message)}
     if role == "assistant" and message.get("tool_calls"):
         result["tool_calls"] = [_call(call, tool_names) for call in message["tool_calls"]]
+    if role == "assistant" and isinstance(message.get("reasoning_content"), str):
+        result["reasoning_content"] = message["reasoning_content"]
     if role == "tool":
         name = message.get("name") or tool_names.get(message.get("tool_call_id", ""))
         for part in result["content"]:
@@ -190,17 +201,29 @@ def _parts(message: Message) -> list[dict[str, Any]]:
 def _call(call: Message, tool_names: dict[str, str]) -> dict[str, Any]:
     """Return one tool call as name and arguments, from the bare or the OpenAI form."""
     function = call.get("function", call)
+    if "id" in call:
+        tool_names[call["id"]] = function["name"]
+    return {"name": function["name"], "arguments": dict(function["arguments"])}
+
+
+def _parse_arguments(message: Message) -> Message:
+    """Return a message with the arguments of its tool calls as JSON objects."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_parse_call(call) for call in calls]} if calls else message
+
+
+def _parse_call(call: Message) -> Message:
+    function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise ValueError(
             f"tool call {name!r} has arguments {function.get('arguments')!r}; expected a name and "
             "a JSON object"
         )
-    if "id" in call:
-        tool_names[call["id"]] = name
-    return {"name": name, "arguments": dict(arguments)}
+    parsed = {**function, "arguments": arguments}
+    return {**call, "function": parsed} if "function" in call else parsed

@@ -97,6 +97,15 @@ def _compile(template: str) -> Any:  # Any: jinja2.Template, imported only here
     return environment.from_string(template)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    # Jinja's own filter escapes `<`, `>` and `&` for HTML; a prompt must not.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes `<`, `>` and `&` for HTML; a prompt must not. The arguments are
+    # those of transformers' filter, which published templates use.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
