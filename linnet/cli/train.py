@@ -6,10 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linnet.train import Trainer
-
-PROMPT_TOKENS = 128
-COMPLETION_TOKENS = 96
+    from linnet.train import Recipe, SftRecipe, Trainer
 
 
 def add_parser(verbs) -> None:
@@ -21,6 +18,12 @@ def add_parser(verbs) -> None:
         "xz, let it continue held-out documents, and write a report.",
         epilog="Example: linnet train recipes/nano.toml --set train.total_tokens=200000",
     )
+    add_run_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every verb that trains takes."""
     parser.add_argument("recipe", help="TOML file")
     parser.add_argument(
         "--set",
@@ -33,14 +36,19 @@ def add_parser(verbs) -> None:
         "--resume", action="store_true", help="go on from the newest checkpoint, if any"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no printed recipe")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, then report."""
-    from linnet.train import Recipe, Trainer, write_report
+    from linnet.train import Recipe
 
-    recipe = Recipe.from_file(args.recipe, args.set)
+    return train(Recipe.from_file(args.recipe, args.set), args)
+
+
+def train(recipe: "Recipe | SftRecipe", args: argparse.Namespace) -> int:
+    """Run a recipe to its end (or to Ctrl-C), print the outcome and write the report."""
+    from linnet.train import Trainer, write_report
+
     if not args.quiet:
         _print_recipe(recipe.to_dict())
     trainer = Trainer(recipe, resume=args.resume, show_progress=not args.quiet)
@@ -53,44 +61,35 @@ def run(args: argparse.Namespace) -> int:
     print(f"report  {write_report(recipe.folder)}")
     if not trainer.is_complete:
         changes = [word for change in args.set for word in ("--set", change)]
-        command = shlex.join(["linnet", "train", args.recipe, *changes, "--resume"])
+        command = shlex.join(["linnet", args.verb, args.recipe, *changes, "--resume"])
         print(f"stopped early; go on with: {command}")
         return 130
     return 0
 
 
 def _samples(trainer: "Trainer", count: int) -> list[dict[str, str]]:
-    """Let the model continue the first held-out documents that are long enough."""
+    """Let the model continue held-out prompts."""
     from linnet.infer import generate
 
-    samples: list[dict[str, str]] = []
     tokenizer = trainer.model.tokenizer
     assert tokenizer is not None
     trainer.model.eval()
-    for document in trainer.source.documents("held_out"):
-        if len(samples) == count:
-            break
-        ids = tokenizer.encode(document.text)
-        start = len(ids) // 3
-        prompt, truth = ids[start : start + PROMPT_TOKENS], ids[start + PROMPT_TOKENS :]
-        if len(truth) < COMPLETION_TOKENS:
-            continue
-        samples.append(
-            {
-                "name": document.name,
-                "prompt": tokenizer.decode(prompt),
-                "completion": generate(
-                    trainer.model,
-                    prompt,
-                    max_tokens=COMPLETION_TOKENS,
-                    temperature=0.5,
-                    top_p=0.95,
-                    seed=0,
-                ),
-                "truth": tokenizer.decode(truth[:COMPLETION_TOKENS]),
-            }
-        )
-    return samples
+    return [
+        {
+            "name": sample.name,
+            "prompt": tokenizer.decode(sample.prompt),
+            "completion": generate(
+                trainer.model,
+                sample.prompt,
+                max_tokens=len(sample.truth),
+                temperature=0.5,
+                top_p=0.95,
+                seed=0,
+            ),
+            "truth": tokenizer.decode(sample.truth),
+        }
+        for sample in trainer.material.samples(count)
+    ]
 
 
 def _print_recipe(recipe: dict[str, Any]) -> None:
@@ -98,8 +97,9 @@ def _print_recipe(recipe: dict[str, Any]) -> None:
 
     console = Console(stderr=True, highlight=False)
     for section, values in recipe.items():
-        if isinstance(values, dict):
-            console.print(f"[bold]{section}[/]", json.dumps(values, separators=(", ", "=")))
+        if isinstance(values, dict | list):
+            for part in values if isinstance(values, list) else [values]:
+                console.print(f"[bold]{section}[/]", json.dumps(part, separators=(", ", "=")))
         else:
             console.print(f"[bold]{section}[/] = {values}")
 

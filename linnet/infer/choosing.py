@@ -1,6 +1,4 @@
-"""One way to choose a token, for every request: `Chooser` for one row of logits, `choose_all` for
-all rows of a step.
-"""
+"""The one way to choose a token: `Chooser` for one request, `choose_all` for all of a step."""
 
 import math
 import random
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from linnet.infer.drawing import Penalties, Row, draw, top_ids
@@ -19,6 +18,7 @@ from linnet.infer.updates import TokenLogprob
 from linnet.infer.vocabulary import Vocabulary
 
 _NOT_FINITE = "the logits are not finite; the weights or the input are damaged"
+_RULED_OUT = np.float32(-math.inf)
 _NOTHING_LEFT = "the logits are -inf for every token that the rules of the request allow"
 
 
@@ -60,7 +60,7 @@ class Chooser:
         self._spans = ThinkSpans(vocabulary.close_tokens, starts_open, budget)
         self._gate = None
         if params.grammar is not None:
-            may_think = budget != 0 and (budget is not None or bool(vocabulary.thinks))
+            may_think = budget != 0 and (budget is not None or vocabulary.thinks)
             self._gate = GrammarGate(params.grammar, vocabulary, self._spans, may_think)
         self._penalties = None
         if (
@@ -70,7 +70,6 @@ class Chooser:
             or params.logit_bias
         ):
             self._penalties = Penalties(params, prompt, vocabulary.size)
-        self._endings = list({*vocabulary.end_ids, *params.stop_token_ids})
         self._num_tokens = 0
         self._num_certain = 0
         self.needs_row_work = bool(
@@ -104,10 +103,10 @@ class Chooser:
             raise choice
         return choice
 
-    def _choose(self, logits: Tensor, row: Row, best: int) -> Choice:
+    def _choose(self, logits: Tensor, row: Row) -> Choice:
         token = self._spans.forced
         if token is None:
-            token = self._pick(row, best)
+            token = self._pick(row)
         logprob, repeats = None, False
         if self._params.logprobs is not None or self._params.repetition_stop is not None:
             scores = logits.log_softmax(-1).numpy()
@@ -116,40 +115,46 @@ class Chooser:
                 logprob = _token_logprob(scores, token, self._params.logprobs)
         return self._go_on(token, logprob, repeats)
 
-    def _pick(self, row: Row, best: int) -> int:
-        if self._changes_logits:
-            row = self._adjusted(row)
-            best = int(row.argmax())
-        while math.isfinite(row[best]):
-            token = best
-            if self._params.temperature > 0:
-                token = draw(row, row[best], self._params, self._random)
-            if self._gate is None or not self._gate.spills(token):
-                return token
-            row[token] = -math.inf
-            best = int(row.argmax())
-        raise ValueError(_NOTHING_LEFT)
-
-    @property
-    def _changes_logits(self) -> bool:
-        is_too_short = self._num_tokens < self._params.min_tokens
-        return bool(self._penalties or self._gate or is_too_short)
-
-    def _adjusted(self, row: Row) -> Row:
-        """Return the logits after penalties, with -inf for what is ruled out."""
-        ends_are_banned = self._num_tokens < self._params.min_tokens
-        row = row.copy()
+    def _pick(self, row: Row) -> int:
         if self._penalties:
+            row = row.copy()
             self._penalties.apply(row)
-        if self._gate:
-            allowed = self._gate.allowed()
-            if ends_are_banned or self._params.ignore_eos:
-                # Where a grammar allows nothing but the end, the end it is.
-                allowed = _without(allowed, self._endings)
-            row[~allowed] = -math.inf
-        elif ends_are_banned:
-            row[self._endings] = -math.inf
-        return row
+        if self._gate and self._gate.next_of_open_tag is not None:
+            # The model opens a span as often as it would without a grammar, not more often because
+            # the grammar leaves so few other tokens.
+            token = self._draw(row)
+            if token == self._gate.next_of_open_tag:
+                return token
+        allowed = self._allowed()
+        if allowed is not None:
+            row = np.where(allowed, row, _RULED_OUT)
+        token = self._draw(row)
+        while self._gate and self._gate.spills(token):
+            row[token] = _RULED_OUT
+            token = self._draw(row)
+        return token
+
+    def _draw(self, row: Row) -> int:
+        best = int(row.argmax())
+        if not math.isfinite(row[best]):
+            raise ValueError(_NOTHING_LEFT)
+        if self._params.temperature == 0:
+            return best
+        return draw(row, row[best], self._params, self._random)
+
+    def _allowed(self) -> NDArray[np.bool_] | None:
+        """Return for each of [vocab] whether it may come next; None if all may."""
+        is_too_short = self._num_tokens < self._params.min_tokens
+        if self._gate is None and not is_too_short:
+            return None
+        allowed = self._gate.allowed() if self._gate else np.ones(self._vocabulary.size, dtype=bool)
+        going_on = allowed.copy()
+        if is_too_short or self._params.ignore_eos:
+            going_on[list(self._vocabulary.end_ids)] = False
+        if is_too_short:
+            going_on[list(self._params.stop_token_ids)] = False
+        # Where a grammar allows nothing but the end, the end it is.
+        return going_on if going_on.any() else allowed
 
     def _go_on(
         self, token: int, logprob: TokenLogprob | None = None, repeats: bool = False
@@ -198,7 +203,7 @@ def choose_all(choosers: Sequence[Chooser], logits: Tensor) -> list[Choice | Val
             if not math.isfinite(rows[at, token]):
                 raise ValueError(_NOT_FINITE)
             if chooser.needs_row_work:
-                choices.append(chooser._choose(logits[at], rows[at], token))
+                choices.append(chooser._choose(logits[at], rows[at]))
             else:
                 choices.append(chooser._go_on(token))
         except ValueError as error:
@@ -223,9 +228,3 @@ def _token_logprob(scores: Row, token: int, top: int) -> TokenLogprob:
     ids = top_ids(scores, top)
     best = tuple(zip(ids.tolist(), scores[ids].tolist(), strict=True))
     return TokenLogprob(token, float(scores[token]), best)
-
-
-def _without(allowed: np.ndarray, tokens: list[int]) -> np.ndarray:
-    rest = allowed.copy()
-    rest[tokens] = False
-    return rest if rest.any() else allowed

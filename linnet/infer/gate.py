@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from linnet.infer.grammar import Grammar, GrammarMatcher
+from linnet.infer.grammar import Grammar
 from linnet.infer.thinking import ThinkSpans
 from linnet.infer.vocabulary import Vocabulary
 
@@ -11,8 +11,8 @@ from linnet.infer.vocabulary import Vocabulary
 class GrammarGate:
     """Says what may come next in a completion that must match a grammar.
 
-    A model that thinks may open a think span first, and only then. Inside of it anything goes but
-    the end of the text; the grammar starts right after the close tag.
+    A model that thinks may open one think span, at the start. Inside of it anything goes but the
+    end of the text; the grammar starts right after the close tag.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class GrammarGate:
         Raises:
             GrammarError: the grammar cannot be used.
         """
-        self._matcher: GrammarMatcher = vocabulary.matcher(grammar)
+        self._matcher = vocabulary.matcher(grammar)
         self._vocabulary, self._spans = vocabulary, spans
         self._opening = vocabulary.open_tokens if may_think and not spans.is_open else ()
         """What is left of an open tag, as long as all that was written is one."""
@@ -37,17 +37,21 @@ class GrammarGate:
         """Whether the text matches the grammar and cannot go on."""
         return self.is_started and self._matcher.is_complete
 
+    @property
+    def next_of_open_tag(self) -> int | None:
+        """The token that goes on with an open tag, where there may be one."""
+        return self._opening[0] if self._opening else None
+
     def allowed(self) -> NDArray[np.bool_]:
-        """Return for each of [vocab] whether it may come next.
+        """Return for each of [vocab] whether it may come next, `next_of_open_tag` apart.
 
         Raises:
             GrammarError: the limits of work or memory are reached, or nothing may come next.
         """
-        if self.is_started:
+        if self.is_started or (self._opening and self._is_matching):
             return self._matcher.allowed()
         if self._opening:
-            size = self._vocabulary.size
-            allowed = self._matcher.allowed() if self._is_matching else np.zeros(size, dtype=bool)
+            allowed = np.zeros(self._vocabulary.size, dtype=bool)
             allowed[self._opening[0]] = True
             return allowed
         allowed = np.ones(self._vocabulary.size, dtype=bool)

@@ -185,6 +185,8 @@ class GrammarCompiler:
         """
         with self._lock:
             known = self._compiled.get(grammar)
+            if known is not None:
+                self._compiled.move_to_end(grammar)
         if known is None:
             try:
                 known = self._compile(grammar)

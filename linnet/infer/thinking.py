@@ -97,7 +97,6 @@ class ThinkSpans:
             start += len(data)
         self.phase = "idle" if self._budget is None or self.num_tokens < self._budget else "done"
         self._num_waited = 0
-        self._queue.clear()
         self._forget(at + len(CLOSE))
 
     def _forget(self, end: int) -> None:

@@ -32,10 +32,8 @@ class Vocabulary:
                 for whether the tokenizer has tokens of its own for the tags.
         """
         self.tokenizer, self.size, self.end_ids = tokenizer, vocab_size, end_ids
-        self.thinks = thinks
-        if thinks is None:
-            tags = (OPEN.decode(), CLOSE.decode())
-            self.thinks = tokenizer is not None and None not in map(tokenizer.token_to_id, tags)
+        has_tags = (len(self.open_tokens), len(self.close_tokens(0))) == (1, 1)
+        self.thinks = has_tags if thinks is None else thinks
 
     def check(self, params: SamplingParams) -> None:
         """Refuse rules that this vocabulary cannot keep.
@@ -60,10 +58,10 @@ class Vocabulary:
         """Whether a completion of `prompt` starts inside a think span; control tokens end one."""
         if self.tokenizer is None:
             return False
-        text, control_ids = b"", self.tokenizer.control_ids
+        text, ends = b"", self.tokenizer.control_ids - {*self.open_tokens, *self.close_tokens(0)}
         for end in range(len(prompt), 0, -_PROMPT_PIECE):
             piece = prompt[max(0, end - _PROMPT_PIECE) : end]
-            turn = max((at for at, token in enumerate(piece) if token in control_ids), default=-1)
+            turn = max((at for at, token in enumerate(piece) if token in ends), default=-1)
             text = b"".join(map(self.token_bytes, piece[turn + 1 :])) + text[: len(CLOSE)]
             if turn >= 0 or OPEN in text or CLOSE in text:
                 break

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SlopeRule = Literal["published", "transformers"]
-"""`transformers` divides by (L - 1 + 1e-5) and ignores that H may be no power of two."""
+SlopeRule = Literal["published", "transformers", "level"]
+"""`transformers` divides by (L - 1 + 1e-5) and ignores that H may be no power of two; `level` leaves
+the layer out, so that the last layers of a small model can still tell one token from the next."""
 
 
 def head_slopes(num_heads: int, rule: SlopeRule = "published") -> list[float]:
@@ -39,7 +40,9 @@ def layer_slopes(
         num_heads: H.
         rule: whose formula.
     """
-    if rule == "transformers":
+    if rule == "level":
+        factor = 1.0
+    elif rule == "transformers":
         factor = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
     else:
         factor = 1 - layer / max(1, num_layers - 1) + 1e-5

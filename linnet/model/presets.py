@@ -7,7 +7,6 @@ from linnet.config import nearest
 from linnet.errors import CheckpointError, ConfigError
 from linnet.model.config import ModelConfig
 
-
 BUNDLED = "bundled"
 """Names the small trained model that comes with the package."""
 

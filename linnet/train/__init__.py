@@ -2,6 +2,7 @@
 
 from linnet.train.recipe import Recipe
 from linnet.train.report import write_report
+from linnet.train.sft import SftRecipe
 from linnet.train.trainer import Trainer
 
-__all__ = ["Recipe", "Trainer", "write_report"]
+__all__ = ["Recipe", "SftRecipe", "Trainer", "write_report"]

@@ -88,6 +88,7 @@ class TrainingProgress:
         self,
         step: int,
         *,
+        total_steps: int | None = None,
         loss: float,
         tokens_per_s: float | None = None,
         mfu: float | None = None,
@@ -97,12 +98,14 @@ class TrainingProgress:
 
         Args:
             step: optimizer steps done.
+            total_steps: the step that training ends at, if that is another one by now.
             loss: training loss of this step, in nats per token; shown smoothed.
             tokens_per_s: training speed.
             mfu: model FLOPs utilization as a fraction of 1.
             bits_per_byte: held-out bits per byte; the last known value stays when None.
         """
         self._step = step
+        self._total_steps = self._total_steps if total_steps is None else total_steps
         if self._loss is not None and math.isfinite(self._loss):
             self._loss = _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
         else:
@@ -111,7 +114,9 @@ class TrainingProgress:
         if bits_per_byte is not None:
             self._bits_per_byte = bits_per_byte
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=self._figures())
+            self._bar.update(
+                self._task, completed=step, total=self._total_steps, figures=self._figures()
+            )
         elif self._enabled and time.monotonic() - self._logged_s >= self._log_every_s:
             self._log_line()
 

@@ -108,31 +108,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=lambda: preset("nano"))
 
     def __post_init__(self) -> None:
-        train = self.train
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"name {self.name!r} must be a plain folder name")
-        positive = ("total_tokens", "eval_every", "save_every", "keep_last", "log_every")
-        for key in (*positive, "max_skipped_steps"):
-            if getattr(train, key) < 1:
-                raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")
-        for batch in (train.batch_tokens, *(size for _, size in train.batch_warmup)):
-            if train.micro_batch_tokens < 1 or batch < 1 or batch % train.micro_batch_tokens:
-                raise ConfigError(
-                    f"train: a batch of {batch} tokens is no multiple of "
-                    f"micro_batch_tokens {train.micro_batch_tokens}"
-                )
-        if list(train.batch_warmup) != sorted(train.batch_warmup):
-            raise ConfigError("train.batch_warmup must be in ascending order of tokens")
-        if not 1 <= train.seq_len <= train.micro_batch_tokens:
-            raise ConfigError(
-                f"train.seq_len {train.seq_len} must lie within "
-                f"micro_batch_tokens {train.micro_batch_tokens}"
-            )
-        _check_optim(self.optim)
-        if train.threads is not None and train.threads < 1:
-            raise ConfigError(f"train.threads is {train.threads}; it must be at least 1")
-        if self.samples < 0:
-            raise ConfigError(f"samples is {self.samples}; it must not be negative")
+        check_run(self.name, self.train, self.optim, self.samples)
 
     @property
     def folder(self) -> Path:
@@ -162,7 +138,39 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe, every key of every section, as plain values."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
+
+
+def check_run(name: str, train: TrainSection, optim: OptimSection, samples: int) -> None:
+    """Check what the recipes of all kinds of runs share.
+
+    Raises:
+        ConfigError: values that contradict each other.
+    """
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"name {name!r} must be a plain folder name")
+    positive = ("total_tokens", "eval_every", "save_every", "keep_last", "log_every")
+    for key in (*positive, "max_skipped_steps"):
+        if getattr(train, key) < 1:
+            raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")
+    for batch in (train.batch_tokens, *(size for _, size in train.batch_warmup)):
+        if train.micro_batch_tokens < 1 or batch < 1 or batch % train.micro_batch_tokens:
+            raise ConfigError(
+                f"train: a batch of {batch} tokens is no multiple of "
+                f"micro_batch_tokens {train.micro_batch_tokens}"
+            )
+    if list(train.batch_warmup) != sorted(train.batch_warmup):
+        raise ConfigError("train.batch_warmup must be in ascending order of tokens")
+    if not 1 <= train.seq_len <= train.micro_batch_tokens:
+        raise ConfigError(
+            f"train.seq_len {train.seq_len} must lie within "
+            f"micro_batch_tokens {train.micro_batch_tokens}"
+        )
+    _check_optim(optim)
+    if train.threads is not None and train.threads < 1:
+        raise ConfigError(f"train.threads is {train.threads}; it must be at least 1")
+    if samples < 0:
+        raise ConfigError(f"samples is {samples}; it must not be negative")
 
 
 def _check_optim(optim: OptimSection) -> None:
@@ -180,8 +188,8 @@ def _check_optim(optim: OptimSection) -> None:
         raise ConfigError(f"optim.decay_fraction {optim.decay_fraction} is not in [0, 1]")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return nested tuples as lists, as JSON would read them back."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,28 +12,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from linnet.data import (
-    HeldOutSet,
-    Loader,
-    Source,
-    TokenStore,
-    compressed_bits_per_byte,
-    evaluation_batches,
-    open_source,
-    tokenize_source,
-)
 from linnet.errors import ConfigError, TrainingError
 from linnet.model.cost import cost_of, training_flops
-from linnet.model.init import initialize
 from linnet.model.moe import RouterStats
 from linnet.model.transformer import Model
 from linnet.storage import write_atomic
-from linnet.text import Tokenizer
 from linnet.train.checkpoint import (
     Progress,
     list_checkpoints,
@@ -46,13 +33,17 @@ from linnet.train.machine import (
     describe_machine,
     matmul_peak_flops,
     resident_bytes,
+    return_freed_tensors,
 )
+from linnet.train.material import HeldOut
 from linnet.train.metrics import MetricsWriter
 from linnet.train.optim import build_optimizer, clip_gradients
+from linnet.train.pretraining import prepare_documents
 from linnet.train.progress import TrainingProgress
 from linnet.train.recipe import Recipe
 from linnet.train.report import RUN_FILE
 from linnet.train.schedule import batch_tokens, count_steps, learning_rate
+from linnet.train.sft import SftRecipe, prepare_dialogues
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +65,9 @@ class Trainer:
         DataError: the corpus cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool = False, show_progress: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe | SftRecipe, resume: bool = False, show_progress: bool = True
+    ) -> None:
         self.recipe = recipe
         self.folder = recipe.folder
         self._checkpoints = self.folder / "checkpoints"
@@ -91,26 +84,21 @@ class Trainer:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         dtype = compute_dtype(recipe.train.dtype)
+        return_freed_tensors()
         self.model = Model(recipe.model, compute_dtype=dtype).train()
         self.model.activation_recompute = recipe.train.activation_recompute
-        initialize(self.model, torch.Generator().manual_seed(recipe.seed))
         self._optimizer = build_optimizer(self.model, recipe.optim)
-        self.source, self.model.tokenizer, train_store, held_out_store = self._prepare_data()
-        train = recipe.train
-        self._loader = Loader(train_store, train.micro_batch_tokens, train.seq_len, recipe.seed)
-        self.held_out = evaluation_batches(
-            held_out_store, train.micro_batch_tokens, train.seq_len, train.eval_tokens
-        )
-        self._final_held_out = evaluation_batches(
-            held_out_store, train.micro_batch_tokens, train.seq_len, train.final_eval_tokens
-        )
+        if isinstance(recipe, SftRecipe):
+            self.material = prepare_dialogues(recipe, self.model, show_progress)
+        else:
+            self.material = prepare_documents(recipe, self.model, show_progress)
         self.progress = Progress()
         if saved:
             self.progress = load_checkpoint(saved[-1], self.model, self._optimizer)
-            self._loader.load_state_dict(self.progress.data)
+            self.material.stream.load_state_dict(self.progress.data)
         self._peak_flops = matmul_peak_flops(dtype)
-        per_sequence = training_flops(recipe.model, train.seq_len)
-        self._flops_per_token = per_sequence / train.seq_len
+        seq_len = recipe.train.seq_len
+        self._flops_per_token = training_flops(recipe.model, seq_len) / seq_len
         self._skipped_in_a_row = 0
 
     def run(self) -> dict[str, Any]:
@@ -124,9 +112,8 @@ class Trainer:
             return record
         recipe, progress = self.recipe, self.progress
         start_step = progress.step or None
-        total_steps = progress.step + count_steps(recipe.train, progress.tokens)
         bar = TrainingProgress(
-            total_steps, recipe.name, self._show_progress, initial_step=progress.step
+            self._total_steps(), recipe.name, self._show_progress, initial_step=progress.step
         )
         saved_step = progress.step
         with (
@@ -139,12 +126,13 @@ class Trainer:
                 saves = self.is_complete or progress.step % recipe.train.save_every == 0
                 measures = saves or progress.step % recipe.train.eval_every == 0
                 if measures:
-                    progress.bits_per_byte = self.measure(self.held_out)
+                    progress.bits_per_byte = self.measure(self.material.held_out)
                     values["eval/bits_per_byte"] = progress.bits_per_byte
                 if measures or progress.step % recipe.train.log_every == 0:
                     metrics.write(progress.step, values)
                 bar.update(
                     progress.step,
+                    total_steps=self._total_steps(),
                     loss=values["train/loss"],
                     tokens_per_s=values["train/tokens_per_s"],
                     mfu=values["train/mfu"],
@@ -154,7 +142,7 @@ class Trainer:
                     self._save()
                     saved_step = progress.step
             if progress.step != saved_step:  # stopped, at whatever moment
-                progress.bits_per_byte = self.measure(self.held_out)
+                progress.bits_per_byte = self.measure(self.material.held_out)
                 self._save()
         return self._finish()
 
@@ -163,7 +151,11 @@ class Trainer:
         """Whether all tokens of the recipe have been seen."""
         return self.progress.tokens >= self.recipe.train.total_tokens
 
-    def measure(self, held_out: HeldOutSet) -> float:
+    def _total_steps(self) -> int:
+        # An estimate until the end: batches of whole dialogues are not quite full.
+        return self.progress.step + count_steps(self.recipe.train, self.progress.tokens)
+
+    def measure(self, held_out: HeldOut) -> float:
         """Return the bits per UTF-8 byte of held-out documents."""
         return held_out_nll(self.model, held_out) / math.log(2) / held_out.num_bytes
 
@@ -176,6 +168,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         values = self._accumulate(size // train.micro_batch_tokens)
+        num_tokens = int(values["train/batch_tokens"])
         norm = clip_gradients(self.model, optim.grad_clip)
         if math.isfinite(norm) and math.isfinite(values["train/loss"]):
             self._optimizer.step()
@@ -184,17 +177,16 @@ class Trainer:
             self._skip(values["train/loss"], norm)
         self._optimizer.zero_grad()
         progress.step += 1
-        progress.tokens += size
+        progress.tokens += num_tokens
         elapsed_s = time.perf_counter() - start_s
         progress.seconds += elapsed_s
-        progress.data = self._loader.state_dict()
+        progress.data = self.material.stream.state_dict()
         return values | {
             "train/learning_rate": rate,
             "train/grad_norm": norm,
             "train/tokens": progress.tokens,
-            "train/batch_tokens": size,
-            "train/tokens_per_s": size / elapsed_s,
-            "train/mfu": size / elapsed_s * self._flops_per_token / self._peak_flops,
+            "train/tokens_per_s": num_tokens / elapsed_s,
+            "train/mfu": num_tokens / elapsed_s * self._flops_per_token / self._peak_flops,
             "train/skipped_steps": progress.skipped_steps,
             "memory/rss_bytes": resident_bytes(),
         }
@@ -202,7 +194,7 @@ class Trainer:
     def _accumulate(self, num_micro_batches: int) -> dict[str, float]:
         """Add up the gradients of one batch; return loss and router metrics."""
         optim = self.recipe.optim
-        batches = [next(self._loader) for _ in range(num_micro_batches)]
+        batches = [next(self.material.stream) for _ in range(num_micro_batches)]
         num_targets = sum(batch.num_targets for batch in batches)
         nll = aux = 0.0
         router: list[list[RouterStats]] = []
@@ -216,7 +208,11 @@ class Trainer:
         load = torch.stack([torch.stack([s.load for s in stats]) for stats in router]).mean(0)
         previous = torch.tensor(self.progress.expert_load) if self.progress.expert_load else load
         self.progress.expert_load = torch.lerp(previous, load, 0.02).tolist()
-        values = {"train/loss": nll / num_targets, "moe/aux_loss": aux}
+        values = {
+            "train/loss": nll / num_targets,
+            "train/batch_tokens": sum(batch.tokens.shape[1] for batch in batches),
+            "moe/aux_loss": aux,
+        }
         return values | router_metrics(router)
 
     def _skip(self, loss: float, norm: float) -> None:
@@ -240,43 +236,12 @@ class Trainer:
         keep = self.recipe.train.keep_last
         save_checkpoint(self._checkpoints, self.model, self._optimizer, self.progress, keep)
 
-    def _prepare_data(self) -> tuple[Source, Tokenizer, TokenStore, TokenStore]:
-        data, vocab_size = self.recipe.data, self.recipe.model.vocab_size
-        source = open_source(data.source, data.text_field, data.held_out)
-        folder = Path(data.folder) if data.folder is not None else self.folder / "data"
-        if data.tokenizer is not None:
-            tokenizer = Tokenizer.load(data.tokenizer)
-        else:
-            tokenizer = self._own_tokenizer(source, folder / "tokenizer")
-        if tokenizer.vocab_size > vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids; model.vocab_size is {vocab_size}"
-            )
-        stores = [
-            tokenize_source(source, split, tokenizer, folder, progress=self._show_progress)
-            for split in ("train", "held_out")
-        ]
-        return source, tokenizer, stores[0], stores[1]
-
-    def _own_tokenizer(self, source: Source, folder: Path) -> Tokenizer:
-        """Train a tokenizer on the training documents, or load the one trained before."""
-        vocab_size = self.recipe.model.vocab_size
-        made_from = {"source": source.fingerprint, "vocab_size": vocab_size}
-        note = folder / "made_from.json"
-        if note.is_file() and json.loads(note.read_text()) == made_from:
-            return Tokenizer.load(folder)
-        texts = (document.text for document in source.documents("train"))
-        tokenizer = Tokenizer.train(texts, vocab_size, progress=self._show_progress)
-        tokenizer.save(folder)
-        write_atomic(note, json.dumps(made_from))
-        return tokenizer
-
     def _finish(self) -> dict[str, Any]:
         """Save the model and `run.json`; a complete run is measured on more held-out text."""
         recipe, progress = self.recipe, self.progress
-        held_out, bits_per_byte = self.held_out, progress.bits_per_byte
+        held_out, bits_per_byte = self.material.held_out, progress.bits_per_byte
         if self.is_complete:
-            held_out = self._final_held_out
+            held_out = self.material.final_held_out
             logger.info("measuring on %d held-out tokens", held_out.num_targets)
             bits_per_byte = self.measure(held_out)
         if bits_per_byte is None or not math.isfinite(bits_per_byte):
@@ -305,7 +270,7 @@ class Trainer:
                 "skipped_steps": progress.skipped_steps,
             },
             "expert_load": progress.expert_load,
-            "baselines": self._baselines() if self.is_complete else {},
+            "baselines": self.material.baselines() if self.is_complete else {},
             "samples": [],
         }
         self.write_record(run)
@@ -342,17 +307,6 @@ class Trainer:
     def write_record(self, run: dict[str, Any]) -> None:
         """Write `run.json`, which the report is made from."""
         write_atomic(self.folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
-
-    def _baselines(self) -> dict[str, float]:
-        chosen = set(self._final_held_out.documents.tolist())
-        documents = enumerate(self.source.documents("held_out"))
-        texts = [document.text for index, document in documents if index in chosen]
-        kinds = {"each file": True, "one stream": False}
-        return {
-            f"{name}, {kind}": bits
-            for kind, separately in kinds.items()
-            for name, bits in compressed_bits_per_byte(texts, separately).items()
-        }
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

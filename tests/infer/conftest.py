@@ -1,7 +1,9 @@
 """A tiny model with a tokenizer of bytes and a few merges."""
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from linnet.model import Model, ModelConfig
 from linnet.text import Tokenizer
@@ -10,6 +12,25 @@ from linnet.text import Tokenizer
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the cat and the hat, the bat 🦜 你好\n"] * 3, vocab_size=290)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> Tokenizer:
+    """Build a tokenizer as MiniMax-M1's: the think tags are several tokens of plain text."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = tokenizers.Regex(r" ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    split = pre_tokenizers.Split(words, behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<end_of_sentence>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["<think>\nthe cat\n</think>\n\nthe hat 🦜"] * 3, trainer)
+    return Tokenizer(backend, eos_token="<end_of_sentence>")
 
 
 @pytest.fixture

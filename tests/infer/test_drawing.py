@@ -101,6 +101,29 @@ def test_ties_go_to_the_lower_ids(rules, rng):
     assert drawn == {0, 1, 2}
 
 
+def test_a_token_just_outside_the_nucleus_is_never_drawn(rng):
+    logits = torch.tensor([0.45, 0.3, 0.25]).log()
+    drawn = {draw_from(logits, SamplingParams(top_p=0.5), rng) for _ in range(300)}
+    assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(5000), torch.linspace(0, 1, 5000)], ids=["flat", "steep"]
+)
+def test_a_small_nucleus_is_found_in_few_rounds(logits, rng):
+    class Counting(random.Random):
+        num_calls = 0
+
+        def random(self) -> float:
+            self.num_calls += 1
+            return rng.random()
+
+    source = Counting()
+    for _ in range(20):
+        assert logits[draw_from(logits, SamplingParams(top_p=1e-9), source)] == logits.max()
+    assert source.num_calls < 20 * 20
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 5e-324])
 @pytest.mark.parametrize("rules", [{}, {"top_k": 7}], ids=str)
 def test_tiny_temperature_is_greedy(temperature, rules, generator, rng):

@@ -43,6 +43,11 @@ def test_transformers_rule_is_the_formula_of_its_source(layer):
     assert torch.allclose(layer_slopes(layer, 8, 6, "transformers").double(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 3, 7])
+def test_level_slopes_are_those_of_the_heads_in_every_layer(layer):
+    assert layer_slopes(layer, 8, 5, "level").tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1]
+
+
 @pytest.mark.parametrize("rule", ["published", "transformers"])
 def test_single_layer_has_finite_slopes(rule):
     slopes = layer_slopes(0, 1, 4, rule)

@@ -57,7 +57,7 @@ def test_bits_per_byte_of_a_uniform_model_is_log2_of_the_vocabulary_per_token(re
     trainer = Trainer(recipe(), show_progress=False)
     with torch.no_grad():
         trainer.model.lm_head.weight.zero_()
-    held_out = trainer.held_out
+    held_out = trainer.material.held_out
     expected = math.log2(300) * held_out.num_targets / held_out.num_bytes
     assert trainer.measure(held_out) == pytest.approx(expected, rel=1e-5)
 

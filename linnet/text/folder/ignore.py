@@ -1,7 +1,8 @@
 """Which files of a folder are left out: `.gitignore` files, as git applies them, and defaults.
 
-A folder that is left out is not entered, so that nothing in it can be taken in again: that, too, is
-git's rule.
+A folder that is left out is not entered, so that nothing in it can be taken back: that, too, is
+git's rule. `pathspec` reads the patterns. How they are applied is ours: it judges a path by its
+parents as well, so that `!docs` would take back all that lies within.
 """
 
 import logging
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from pathspec import GitIgnoreSpec
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 FILE_NAME = ".gitignore"
 MAX_RULE_BYTES = 1 << 16
@@ -76,12 +77,17 @@ class _Layer:
     """The rules of one file, for the paths below its folder."""
 
     folder: str
-    spec: GitIgnoreSpec
+    patterns: Sequence[GitIgnoreSpecPattern]
     reason: str
 
     def verdict(self, path: str) -> bool | None:
         """Return whether a path is left out, None if no rule speaks of it."""
-        return self.spec.check_file(path[len(self.folder) + 1 :]).include
+        below = path[len(self.folder) + 1 :]
+        # The last one that matches decides.
+        for pattern in reversed(self.patterns):
+            if pattern.regex is not None and _matches(pattern.regex, below):
+                return pattern.include
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +138,34 @@ class IgnoreRules:
         return None
 
 
-def compile_rules(lines: Iterable[str]) -> GitIgnoreSpec:
+def compile_rules(lines: Iterable[str]) -> list[GitIgnoreSpecPattern]:
     """Compile gitignore patterns; those that are none match nothing, as in git."""
     patterns = []
     for line in lines:
         if len(re.findall(r"\*+", line)) > MAX_WILDCARDS:
             _log.warning("the rule %r has over %d wildcards; not applied", line, MAX_WILDCARDS)
             continue
+        # `a/**/` means the folders within `a`, which only this spelling says to `pathspec`.
+        spelled = re.sub(r"/\*\*/ *$", "/**/*/", line)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # `re` has opinions on some classes of characters
-                patterns += GitIgnoreSpec.from_lines([line]).patterns
+                patterns.append(GitIgnoreSpecPattern(spelled))
         except (ValueError, re.error):
             continue
-    return GitIgnoreSpec(patterns)
+    return patterns
+
+
+def _matches(regex: re.Pattern[str], path: str) -> bool:
+    """Return whether a pattern is about a path itself, not about a folder that it lies in."""
+    is_of_names = "ps_d" in regex.groupindex  # the `/` after the name of a folder
+    if not regex.pattern.startswith("^"):  # `**` is everything, `*/` is every folder
+        return path.endswith("/") or not is_of_names
+    if is_of_names:
+        return regex.fullmatch(path) is not None
+    # Of what lies within a folder, as `a/**`, which is not the folder itself.
+    found = regex.match(path)
+    return found is not None and found.end() < len(path)
 
 
 def _layers_around(folder: Path) -> tuple[_Layer, ...]:

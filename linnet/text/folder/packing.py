@@ -119,7 +119,7 @@ class _Search:
 
     def __init__(self, rules: IgnoreRules, include: Sequence[str], use_ignore_rules: bool) -> None:
         self._rules, self._use_ignore_rules = rules, use_ignore_rules
-        self._include: GitIgnoreSpec | None = compile_rules(include) if include else None
+        self._include = GitIgnoreSpec(compile_rules(include)) if include else None
         self._deadline_s = time.monotonic() + MAX_SEARCH_S
 
     def walk(
