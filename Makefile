@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all check bench bench-million bench-gpu clean
+.PHONY: help run train test test-all check bench bench-million bench-serving bench-gpu clean
 
 help: ## show this list
 	@echo "linnet: train, load and run hybrid lightning-attention language models"
@@ -26,7 +26,10 @@ help: ## show this list
 	@echo "  PYTHON=python3.12     which Python to use (3.11 or newer)"
 	@echo "  TORCH_OPTIONS=...     pip options for torch, such as --index-url"
 
-run: $(VENV)/run.stamp ## install linnet, then train a small model and report on it
+run: $(VENV)/run.stamp ## install linnet and serve the bundled model, with a chat page
+	$(BIN)/linnet serve
+
+train: $(VENV)/run.stamp ## train a small model for a few minutes and report on it
 	$(BIN)/linnet train recipes/nano.toml --resume
 
 test: $(VENV)/dev.stamp ## run the tests (a few minutes) with coverage
@@ -49,6 +52,10 @@ bench: $(VENV)/dev.stamp ## measure this machine and write benchmarks/results (a
 
 bench-million: $(VENV)/dev.stamp ## prefill a million tokens and draw docs/million.png
 	$(BIN)/python benchmarks/million.py
+	$(BIN)/python scripts/performance_page.py
+
+bench-serving: $(VENV)/dev.stamp ## measure the engine against transformers (about 10 minutes)
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python scripts/performance_page.py
 
 bench-gpu: $(VENV)/dev.stamp ## measure the GPU of this machine
@@ -76,7 +83,7 @@ $(VENV)/torch.stamp: constraints.txt | $(VENV)/python.stamp
 
 $(VENV)/run.stamp: $(PINS) $(VENV)/torch.stamp
 	@echo "Installing linnet"
-	@$(PIP) install -c constraints.txt -e '.[data,train]'
+	@$(PIP) install -c constraints.txt -e '.[data,train,serve]'
 	@$(BIN)/python -c 'from linnet.ops.native import library; library()'
 	@touch $@
 

@@ -2,7 +2,8 @@
 
     python scripts/page_screenshots.py http://127.0.0.1:8000 docs/images
 
-Needs a running `linnet serve`, the package playwright, and Debian's Chromium.
+Needs a running `linnet serve` with a model that can do the page's examples, the package playwright,
+and Debian's Chromium. `--only` takes some of them; those called start need no such model.
 """
 
 import argparse
@@ -22,12 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="of the server")
     parser.add_argument("folder", type=Path, help="for the images")
+    parser.add_argument("--only", nargs="+", choices=SHOTS, default=list(SHOTS))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        for name, take in SHOTS.items():
-            page = take(browser, arguments.url)
+        for name in arguments.only:
+            page = SHOTS[name](browser, arguments.url)
             page.wait_for_timeout(400)  # for what fades
             page.screenshot(path=arguments.folder / f"page-{name}.png")
             page.context.close()
@@ -69,12 +71,21 @@ def phone(browser: Browser, url: str) -> Page:
 
 def start(browser: Browser, url: str) -> Page:
     """What a newcomer sees."""
-    page = opened(browser, url, color_scheme="light", device_scale_factor=1.5, **PHONE)
-    page.locator("#message").blur()
-    return page
+    return opened(browser, url, color_scheme="light", **DESKTOP)
 
 
-SHOTS = {"light": light, "dark": dark, "phone": phone, "phone-start": start}
+def phone_start(browser: Browser, url: str) -> Page:
+    """What a newcomer sees on a phone."""
+    return opened(browser, url, color_scheme="dark", device_scale_factor=1.5, **PHONE)
+
+
+SHOTS = {
+    "start": start,
+    "phone-start": phone_start,
+    "light": light,
+    "dark": dark,
+    "phone": phone,
+}
 
 
 def opened(browser: Browser, url: str, **options) -> Page:
@@ -85,6 +96,7 @@ def opened(browser: Browser, url: str, **options) -> Page:
     page.click("#toggle-settings")
     page.fill("#temperature", "0")
     page.click("[aria-label='Close the settings']")
+    page.locator("#message").focus()
     return page
 
 

@@ -24,6 +24,10 @@ OPERATOR_TARGETS = {"forward": 4.0, "forward_backward": 5.0}
 MODEL_TARGETS = {"training": 3.5, "prefill": 4.0, "decode": 4.0, "decode_int8": 6.0}
 SEQUENCES_TARGET = 4.0
 MEMORY_TARGET = 0.40
+ENGINE_TARGETS = {"one_by_one": 8.0, "batched": 3.0}
+PREFIX_TARGET = 20.0
+OVERHEAD_TARGET = 0.05
+PLAN_TARGET = 1.05
 FLATNESS_TARGET = 0.85
 NAMES = {
     "forward": "forward",
@@ -122,6 +126,8 @@ def device(folder: Path, found: dict[str, Result]) -> Iterator[str]:
             rows += operator_rows(result, source)
         elif name.startswith("bench_94m_"):
             rows += model_rows(result, source)
+        elif name == "serving":
+            rows += serving_rows(result, source)
         else:
             continue
         told.add(name)
@@ -236,6 +242,59 @@ def own_rows(
             spread="",
             target=target(FLATNESS_TARGET),
             source=source,
+            is_own=True,
+        )
+
+
+def serving_rows(result: Result, source: str) -> Iterator[Row]:
+    """Yield the rows of the engine."""
+    if "runs" in result:
+        load = (
+            f"{result['requests']} requests of {result['prompt_tokens']} + "
+            f"{result['output_tokens']} tokens"
+        )
+        for side, name in (("one_by_one", "one by one"), ("batched", "in one batch")):
+            yield Row(
+                name=f"engine, {result['model']}, {result['dtype']}: {load}, the other side {name}",
+                linnet=f"{result['tokens_per_s']:,.0f} tokens/s",
+                other=f"{result[f'transformers_{side}_tokens_per_s']:,.1f} tokens/s",
+                ratio=result[f"speedup_over_{side}"],
+                spread="",
+                target=ENGINE_TARGETS[side],
+                source=source,
+            )
+        prefix = result["prefix"]
+        yield Row(
+            name=f"engine: first token after {prefix['shared_tokens']:,} shared tokens",
+            linnet=f"second request {prefix['second_s']:.2f} s",
+            other=f"first request {prefix['first_s']:.2f} s, our own",
+            ratio=prefix["speedup"],
+            spread="",
+            target=PREFIX_TARGET,
+            source=source,
+            is_own=True,
+        )
+        yield Row(
+            name="engine: share of a step outside of the model",
+            linnet=f"{result['overhead']:.1%}",
+            other="",
+            ratio=result["overhead"],
+            spread="",
+            target=OVERHEAD_TARGET,
+            source=source,
+            at_most=True,
+        )
+    if long := result.get("long_prompt"):
+        model = Path(long["model"]).name
+        yield Row(
+            name=f"engine, {model}: a prompt of {long['tokens']:,} tokens, memory",
+            linnet=f"{long['taken_bytes'] / 1e9:.2f} GB in {long['seconds']:,.0f} s",
+            other=f"planned {long['planned_bytes'] / 1e9:.2f} GB, our own",
+            ratio=long["taken_over_planned"],
+            spread="",
+            target=PLAN_TARGET,
+            source=source,
+            at_most=True,
             is_own=True,
         )
 

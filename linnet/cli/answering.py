@@ -10,7 +10,14 @@ from typing import Any, Protocol
 from linnet.errors import ConfigError, EngineError
 from linnet.infer import Engine, SamplingParams, Ticket
 from linnet.infer.updates import FinishReason, Progress, Update, Usage
-from linnet.text import Delta, OutputParser, Tokenizer, starts_thinking, tool_format_of
+from linnet.text import (
+    Delta,
+    OutputParser,
+    Tokenizer,
+    join_deltas,
+    starts_thinking,
+    tool_format_of,
+)
 from linnet.text.special import BEGINNING_OF_SENTENCE
 
 
@@ -77,11 +84,12 @@ def stream_answer(
     finally:
         display.finish()
     assert last.finish_reason is not None and last.usage is not None
+    parsed = join_deltas(deltas)
     return Answer(
         text="".join(texts),
         tokens=tuple(tokens),
-        content="".join(delta.content for delta in deltas),
-        reasoning="".join(delta.reasoning for delta in deltas),
+        content=parsed.content,
+        reasoning=parsed.reasoning,
         finish_reason=last.finish_reason,
         usage=last.usage,
     )

@@ -76,6 +76,10 @@ class Conversation:
             self._last_turn = self._as_said(encoded, prompt, self.last)
         return self.last
 
+    def reset(self) -> None:
+        """Forget all turns, but not what the model is told first."""
+        self.turns, self.last, self._last_turn = [], None, None
+
     def _as_seen(self, encoded: list[int]) -> list[int]:
         """Return a prompt in which what the model wrote is not encoded anew.
 
@@ -94,7 +98,3 @@ class Conversation:
             tokens.pop()
         is_text = control.isdisjoint(tokens) and self.tokenizer.decode(tokens) == answer.text
         return _LastTurn(encoded, prompt + tokens) if is_text else None
-
-    def reset(self) -> None:
-        """Forget all turns, but not what the model is told first."""
-        self.turns, self.last = [], None

@@ -137,7 +137,9 @@ class Keyboard:
         self._tell(f"{figures(last.usage)}; {used:,} of {engine.max_model_len:,} tokens used")
 
     def _tell(self, text: str, style: str = "dim") -> None:
-        self._console.print(printable(text), style=style, markup=False, soft_wrap=True)
+        self._console.print(
+            printable(text), style=style, markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _as_json(messages: list[Message]) -> str:

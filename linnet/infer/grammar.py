@@ -258,7 +258,11 @@ def _reason_against(source: str) -> str:
         )
     except subprocess.TimeoutExpired:
         return too_much
-    return process.stdout.decode(errors="replace") if process.returncode == 0 else too_much
+    if process.returncode < 0:  # killed by the system, at a limit or after a crash
+        return too_much
+    if process.returncode > 0:
+        return f"compiling it fails: {process.stderr.decode(errors='replace').strip()[-200:]}"
+    return process.stdout.decode(errors="replace")
 
 
 def _one_line(reason: str) -> str:

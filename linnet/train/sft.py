@@ -200,16 +200,16 @@ def _shares(
 
 
 def _samples(examples: tuple[Example, ...], tokenizer: Tokenizer, count: int) -> list[Sample]:
-    """Return the shortest prompts of different sources that end in an answer."""
+    """Return held-out dialogues, cut before their last answer."""
     samples = []
     for number, example in enumerate(examples):
         if len(samples) == count:
             break
-        before = example.is_target.nonzero()[0]
+        targets = example.is_target.nonzero()[0]
         # Plain text has no prompt; of a dialogue, the last run of targets is the last answer.
-        if before[0] == 1:
+        if targets[0] == 1:
             continue
-        start = int(before[-1])
+        start = int(targets[-1])
         while example.is_target[start - 1]:
             start -= 1
         ids = example.tokens.tolist()

@@ -415,6 +415,12 @@ def test_a_slow_check_is_given_up(vocabulary, monkeypatch):
         vocabulary.matcher(Grammar.regex("a given up check"))
 
 
+def test_a_check_that_cannot_run_is_no_consent(vocabulary, monkeypatch, tmp_path):
+    monkeypatch.setattr(grammar_check, "__file__", str(tmp_path / "nowhere.py"))
+    with pytest.raises(GrammarError, match=r"compiling it fails: .*nowhere\.py"):
+        vocabulary.matcher(Grammar.regex("a check that cannot run"))
+
+
 def test_a_grammar_is_compiled_once_and_matchers_go_on_alone(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [tokenizer.end_of_sentence_id])
     first, grammar = compiler.matcher(Grammar.regex("ab")), Grammar.regex("ab")

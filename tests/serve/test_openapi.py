@@ -75,6 +75,25 @@ def test_every_operation_is_fuzzed(document):
     assert sorted(found) == sorted(OPERATIONS)
 
 
+def test_every_reference_leads_somewhere(document):
+    text = json.dumps(document)
+    names = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert names <= document["components"]["schemas"].keys() and len(names) > 40
+    assert "$defs" not in text
+
+
+def test_refusals_are_documented_as_they_are(document):
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            answers = operation["responses"]
+            assert "422" not in answers
+            if method == "post":
+                shape = "MessageError" if path.startswith("/v1/messages") else "Error"
+                for status in ("400", "401", "404", "413", "503"):
+                    schema = answers[status]["content"]["application/json"]["schema"]
+                    assert schema == {"$ref": f"#/components/schemas/{shape}"}
+
+
 @pytest.mark.parametrize(
     "operation", ["POST /v1/completions", "POST /detokenize", "GET /v1/models"]
 )

@@ -122,15 +122,18 @@ class FileSource:
                 f"{file.path}: the {split} part has no dialogue of at most {max_tokens} tokens; "
                 "give more dialogues, or change held_out or max_tokens"
             )
+        self._shuffled: tuple[int, list[int]] | None = None
         content = hashlib.sha256(file.path.read_bytes()).hexdigest()[:16]
         self.fingerprint = f"{content}-{split}-{held_out}-{max_tokens}-{seed}"
 
     def example(self, index: int) -> Example:
         """Return one example."""
         epoch, place = divmod(index, len(self._chosen))
-        order = list(self._chosen)
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        chosen = order[place]
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = list(self._chosen)
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._shuffled = (epoch, order)
+        chosen = self._shuffled[1][place]
         return self._encoder.encode(self._file[chosen], self._file.name(chosen))
 
 
