@@ -261,7 +261,8 @@ def _reason_against(source: str) -> str:
     if process.returncode < 0:  # killed by the system, at a limit or after a crash
         return too_much
     if process.returncode > 0:
-        return f"compiling it fails: {process.stderr.decode(errors='replace').strip()[-200:]}"
+        last_line = process.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"compiling it fails: {last_line}"
     return process.stdout.decode(errors="replace")
 
 

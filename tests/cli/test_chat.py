@@ -153,7 +153,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat_engine):
     assert answer.finish_reason == "cancelled" and 5 <= len(answer.tokens) < 1500
     assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
     following = conversation.ask("and")
-    assert following.usage.cached_tokens >= answer.usage.prompt_tokens
+    assert following.usage.cached_tokens >= answer.usage.prompt_tokens - 1
     assert chat_engine.counters().running == 0
 
 
