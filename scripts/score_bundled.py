@@ -39,7 +39,7 @@ from linnet.train.loss import held_out_nll
 
 CHUNK = 4096
 MAX_ANSWER_TOKENS = 400
-LENGTHS = tuple(2**power for power in (10, 12, 14, 16, 18, 19, 20))
+LENGTHS = (1024, 4096, 16384, 65536, 262144, 524288, 1048576)
 LAST_ANSWERS = (
     # name in the table, generator, tokens of its dialogues
     ("copying a text", "copying", 128),

@@ -1,15 +1,14 @@
 """The beginning of a prompt that is computed once and kept on disk.
 
 The engine writes a prefix to disk where a request ends, so the files of a folder are a request of
-their own that asks for no answer. It is cut short at growing distances and sent again, to leave
-prefixes along the way: after a change in a file, the longest one before it is where the next
-question goes on.
+their own that asks for no answer. Shorter requests at growing distances come before it, each going
+on where the last one ended: after a change in a file, the longest prefix before it is where the
+next question starts.
 """
 
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from linnet.cli.answering import Request
@@ -55,36 +54,32 @@ def keep_prefix(
     Raises:
         EngineError: the engine failed.
     """
-    num_cached: int | None = None
-    while True:
-        to_next_stop = _ToNextStop(stops)
-        request = Request(engine, tokens, SamplingParams(max_tokens=0), to_next_stop)
-        update = Update()
+    length = len(tokens) - 1
+    cached: list[int] = []
+    done = 0
+
+    def run(end: int, ends_early: Callable[[Update], bool] | None = None) -> bool:
+        """Take in so many tokens; False if Ctrl-C came first."""
+        nonlocal done
+        request = Request(engine, tokens[: end + 1], SamplingParams(max_tokens=0), ends_early)
         for update in request:
             if update.progress is not None:
-                num_cached = update.progress.cached if num_cached is None else num_cached
-                on_progress(update.progress)
-        is_complete = update.finish_reason == "length" and not request.is_interrupted
-        if is_complete or not to_next_stop.is_reached or request.is_interrupted:
-            return Kept(num_cached or 0, is_complete)
+                cached.append(update.progress.cached)
+                done = update.progress.processed
+                on_progress(replace(update.progress, total=length))
+        return not request.is_interrupted
+
+    # The first request finds out what there is, and goes no further than a step where there are
+    # stops ahead.
+    goes_on = run(length, lambda update: _is_before(update.progress, stops))
+    for end in (*stops, length):
+        if goes_on and end > done:
+            goes_on = run(end)
+    return Kept(cached[0] if cached else 0, is_complete=goes_on)
 
 
-class _ToNextStop:
-    """Says when a request has come to the first stop that was still ahead when it began."""
-
-    def __init__(self, stops: Sequence[int]) -> None:
-        self._stops = stops
-        self._stop: float | None = None
-        self.is_reached = False
-
-    def __call__(self, update: Update) -> bool:
-        if update.progress is None or self.is_reached:
-            return False
-        if self._stop is None:
-            ahead = self._stops[bisect_right(self._stops, update.progress.processed) :]
-            self._stop = ahead[0] if ahead else float("inf")
-        self.is_reached = update.progress.processed >= self._stop
-        return self.is_reached
+def _is_before(progress: Progress | None, stops: Sequence[int]) -> bool:
+    return progress is not None and any(stop > progress.processed for stop in stops)
 
 
 def stops_within(

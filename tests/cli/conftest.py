@@ -15,7 +15,10 @@ from linnet.text import Tokenizer
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory) -> Path:
     """Return the folder of a model with random weights and the M1 chat format."""
-    text = ["def answer(question): the cat and the hat, 你好\n", "File: a/b.py\n```\nimport re\n```\n"]
+    text = [
+        "def answer(question): the cat and the hat, 你好\n",
+        "File: a/b.py\n```\nimport re\n```\n",
+    ]
     tokenizer = Tokenizer.train(text * 3, vocab_size=320)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,

@@ -228,7 +228,9 @@ def test_ctrl_c_after_a_stopped_answer_leaves(chat_engine, monkeypatch):
 def test_help_lists_every_command(keyboard):
     keys, _, shown = keyboard
     keys.take("/help")
-    assert all(f"/{name}" in shown() for name in "help reset system file save stats".split())
+    assert all(
+        f"/{name}" in shown() for name in ["help", "reset", "system", "file", "save", "stats"]
+    )
 
 
 def test_path_is_no_command_and_a_wrong_command_is_not_sent(keyboard):

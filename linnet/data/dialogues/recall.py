@@ -101,7 +101,8 @@ def _about(rng: random.Random, lines: list[str], turns: list[tuple[str, str]]) -
         name = rng.choice(("notes.txt", "main.py", "src/app.py", "README.md", "data.txt"))
         messages += [ask(f"File: {name}\n```\n{text}\n```\n\n{first[0]}")]
     elif shape == 4:
-        messages += [ask(text), answer("I have read it."), ask(first[0])]
+        # Not learned: a question may be easy to overlook after a long text.
+        messages += [ask(text), {**answer("I have read it."), "weight": 0}, ask(first[0])]
     else:
         messages += [ask(f"{text}\n\n{first[0]}")]
     messages.append(answer(first[1]))

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from linnet.infer.updates import Progress, Update, Usage
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
 expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -98,7 +97,7 @@ class ChatPage:
 def browser() -> Iterator:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()

@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
+from playwright.sync_api import expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
 WEATHER = json.dumps([{"name": "get_weather", "parameters": {"type": "object"}}])
 
 

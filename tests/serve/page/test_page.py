@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from linnet.errors import Overloaded
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
 WEATHER = json.dumps([{"name": "get_weather", "parameters": {"type": "object"}}])
 
 

@@ -86,7 +86,24 @@ def random_tree(rng, root):
 
 
 def random_rule(rng):
-    words = "a b ab * ** *.py a* ? [ab] [!a] c.py d.log *.log \\#f \\!g [^b]*".split()
+    words = [
+        "a",
+        "b",
+        "ab",
+        "*",
+        "**",
+        "*.py",
+        "a*",
+        "?",
+        "[ab]",
+        "[!a]",
+        "c.py",
+        "d.log",
+        "*.log",
+        "\\#f",
+        "\\!g",
+        "[^b]*",
+    ]
     rule = "/".join(rng.choice(words) for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
     start = rng.choice(("", "", "", "/")) if rng.random() < 0.7 else "!"
     return start + rule + rng.choice(("", "", "/", " "))
@@ -124,7 +141,7 @@ def test_rules_of_the_repository_that_are_not_in_a_file_of_it_hold(tmp_path):
 
 def test_defaults_hold_whatever_gitignore_takes_back(tmp_path):
     files = ("node_modules/m/index.js", ".venv/lib/a.py", ".env", "id_rsa", "uv.lock", "a.min.js")
-    write(tmp_path, {path: "text" for path in (*files, ".env.example", "a.js", ".git/config")})
+    write(tmp_path, dict.fromkeys((*files, ".env.example", "a.js", ".git/config"), "text"))
     write(tmp_path, {".gitignore": "*\n!*/\n!*.*\n!.env\n!id_rsa\n"})
     assert packed(tmp_path) == {".env.example", ".gitignore", "a.js"}
     everything = packed(tmp_path, use_ignore_rules=False)
@@ -132,7 +149,7 @@ def test_defaults_hold_whatever_gitignore_takes_back(tmp_path):
 
 
 def test_exclude_wins_and_include_selects(tmp_path):
-    write(tmp_path, {path: "text" for path in ("a.py", "b.md", "sub/c.py", "sub/d.md")})
+    write(tmp_path, dict.fromkeys(("a.py", "b.md", "sub/c.py", "sub/d.md"), "text"))
     write(tmp_path, {".gitignore": "!a.py\n"})
     assert packed(tmp_path, exclude=["a.py", "sub/"]) == {".gitignore", "b.md"}
     assert packed(tmp_path, include=["*.py"]) == {"a.py", "sub/c.py"}

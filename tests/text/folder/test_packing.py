@@ -33,7 +33,7 @@ def test_files_come_by_path_with_their_names(tmp_path):
 
 
 def test_order_by_age_puts_the_last_change_last(tmp_path):
-    write(tmp_path, {name: "text" for name in "abc"})
+    write(tmp_path, dict.fromkeys("abc", "text"))
     for name, seconds in (("a", 300), ("b", 100), ("c", 200)):
         os.utime(tmp_path / name, (seconds, seconds))
     assert paths(pack_folder(tmp_path, order="age")) == ["b", "c", "a"]

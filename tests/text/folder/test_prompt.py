@@ -46,7 +46,9 @@ def test_template_without_a_system_gets_them_from_the_user(tokenizer):
 
 
 def test_template_that_drops_the_system_gets_them_from_the_user(tokenizer):
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     assert tokenizer.decode(whole(tokenizer, "Why?", template)).startswith(INTRODUCTION)
 
 
