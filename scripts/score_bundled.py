@@ -47,8 +47,6 @@ LAST_ANSWERS = (
     ("copying a text", "copying", 2048),
     ("finding a definition in Python code", "definitions", 1024),
     ("finding a definition in Python code", "definitions", 4096),
-    ("finding a definition in Python code", "definitions", 16_384),
-    ("saying what is not in a text", "absent", 1024),
     ("facts told in a chat, among other turns", "chat", 600),
     ("using a tool's result", "tools", 700),
     ("sums below 100, in a think span", "arithmetic", 90),

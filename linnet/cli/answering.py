@@ -205,7 +205,7 @@ def figures(usage: Usage) -> str:
     parts = [f"{usage.prompt_tokens:,} prompt tokens, {usage.cached_tokens:,} of them cached"]
     if usage.first_token_s is not None:
         parts.append(f"first token after {usage.first_token_s:.2f} s")
-        seconds = usage.total_s - usage.first_token_s
-        speed = (usage.completion_tokens - 1) / seconds if seconds > 0 else 0.0
-        parts.append(f"{usage.completion_tokens:,} tokens at {speed:,.0f} tokens/s")
+        seconds, more = usage.total_s - usage.first_token_s, usage.completion_tokens - 1
+        speed = f" at {more / seconds:,.0f} tokens/s" if more and seconds > 0 else ""
+        parts.append(f"{usage.completion_tokens:,} tokens{speed}")
     return "; ".join(parts)

@@ -191,15 +191,17 @@ def _answer(
     begin_s = time.perf_counter()
     kept = None
     if not args.no_cache:
-        by_age = [file.num_tokens for file in prompt.files[:-NUM_LAST_FILES:-1]]
+        last = [file.num_tokens for file in prompt.files[-NUM_LAST_FILES:]]
         stops = stops_within(
             engine,
             prompt.num_shared,
             engine.settings.spill_bytes,
-            by_age if args.order == "age" else (),
+            last[::-1] if args.order == "age" else (),
         )
-        kept = keep_prefix(engine, prompt.tokens[: prompt.num_shared + 1], stops, bar.show)
-        bar.stop()
+        try:
+            kept = keep_prefix(engine, prompt.tokens[: prompt.num_shared + 1], stops, bar.show)
+        finally:
+            bar.stop()
         if not kept.is_complete:
             return None
     spent_s = time.perf_counter() - begin_s
@@ -234,7 +236,9 @@ def _report(
     from linnet.cli.answering import figures
 
     if not args.json:
-        print(f"{figures(answer.usage)}; ready after {ready_s:.2f} s", file=sys.stderr)
+        cut = "; cut off by --max-tokens" if answer.finish_reason == "length" else ""
+        line = f"{figures(answer.usage)}{cut}; {ready_s:.2f} s before that for files and model"
+        print(line, file=sys.stderr)
         return
     values = {
         "answer": answer.content,

@@ -54,28 +54,26 @@ def keep_prefix(
     Raises:
         EngineError: the engine failed.
     """
-    length = len(tokens) - 1
-    cached: list[int] = []
-    done = 0
+    length, done = len(tokens) - 1, 0
+    num_cached: int | None = None
 
-    def run(end: int, ends_early: Callable[[Update], bool] | None = None) -> bool:
-        """Take in so many tokens; False if Ctrl-C came first."""
-        nonlocal done
+    def take_in(end: int, ends_early: Callable[[Update], bool] | None = None) -> bool:
+        """Compute the prefix up to a length; False if Ctrl-C came first."""
+        nonlocal done, num_cached
         request = Request(engine, tokens[: end + 1], SamplingParams(max_tokens=0), ends_early)
         for update in request:
             if update.progress is not None:
-                cached.append(update.progress.cached)
                 done = update.progress.processed
+                num_cached = update.progress.cached if num_cached is None else num_cached
                 on_progress(replace(update.progress, total=length))
         return not request.is_interrupted
 
-    # The first request finds out what there is, and goes no further than a step where there are
-    # stops ahead.
-    goes_on = run(length, lambda update: _is_before(update.progress, stops))
+    # The first request finds out what there is; where stops are ahead, it ends after one step.
+    goes_on = take_in(length, lambda update: _is_before(update.progress, stops))
     for end in (*stops, length):
         if goes_on and end > done:
-            goes_on = run(end)
-    return Kept(cached[0] if cached else 0, is_complete=goes_on)
+            goes_on = take_in(end)
+    return Kept(num_cached or 0, is_complete=goes_on)
 
 
 def _is_before(progress: Progress | None, stops: Sequence[int]) -> bool:

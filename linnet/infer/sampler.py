@@ -101,9 +101,9 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 < self.repetition_penalty <= 100:
+        if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; it must lie in (0, 100]"
+                f"repetition_penalty is {self.repetition_penalty}; it must lie in [0.01, 100]"
             )
         self._check_tokens()
         self._check_stop()

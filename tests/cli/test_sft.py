@@ -98,7 +98,7 @@ def test_fine_tuning_prints_its_recipe_outcome_answers_and_report(recipe, tmp_pa
     ("override", "message"),
     [
         ("start=/no/model", "start '/no/model' is not a folder"),
-        ("mix=[{source='recal'}]", "did you mean 'recall'"),
+        ("mix=[{source='recalll'}]", "did you mean 'recall'"),
         ("mix=[{source='/no/file.jsonl'}]", "/no/file.jsonl cannot be read"),
         ("corpus.source=/no/such/folder", "/no/such/folder"),
         ("data.source=stdlib", "unknown key 'data'"),

@@ -460,9 +460,9 @@ def test_stop_without_drain_cancels(engine, rng):
     assert answer.last.finish_reason == "cancelled"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_schedules_give_each_its_own_text(engine, model, seed):
-    run_schedules(engine, model, random.Random(seed), 6)
+    run_schedules(engine, model, random.Random(seed), 4)
 
 
 @pytest.mark.slow

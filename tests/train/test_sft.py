@@ -211,7 +211,7 @@ def test_report_samples_are_held_out_dialogues_up_to_their_last_answer(sft):
     ("changes", "complaint"),
     [
         ({"mix": []}, r"has no .*mix"),
-        ({"mix": [{"source": "recal"}]}, "did you mean 'recall'"),
+        ({"mix": [{"source": "recalll"}]}, "did you mean 'recall'"),
         ({"mix": [{"source": "recall", "weight": 0.0}]}, "is 0.0; give a positive one"),
         ({"mix": [{"source": "recall", "max_tokens": 401}]}, "got 32, 401 and 400"),
         ({"mix": [{"source": "recall", "min_tokens": 300, "max_tokens": 200}]}, "300, 200"),

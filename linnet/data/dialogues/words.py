@@ -43,7 +43,7 @@ PEOPLE = words(
 NAMES = words(
     """
     Ada Alan Alice Anna Ben Bella Boris Carla Carlos Clara Dan David Diana Dora Emil Emma Erik Eva
-    Felix Fiona Frank George Grace Greta Hugo Ida Igor Ines Ivan Jack Jane Jonas Julia Karl Kate
+    Felix Fiona Frank George Grace Greta Hugo Ida Igor Inga Ivan Jack Jane Jonas Julia Karl Kate
     Kim Laura Leo Lena Linus Lisa Louis Lucy Marco Maria Max Mia Mona Nadia Nina Noah Nora Olga
     Oscar Otto Paul Peter Pia Rita Robert Rosa Ruth Sam Sara Simon Sofia Stella Tara Theo Thomas
     Tina Tom Ursula Vera Victor Walter Wanda Yusuf Zoe
@@ -96,6 +96,6 @@ ANIMALS = words(
 SYLLABLES = words(
     """
     ba be bo da de do fa fi ga go ha ka ki ko la le li lo ma me mi mo na ne ni no pa pe po ra re
-    ri ro sa se si so ta te ti to va ve vi vo za zo
+    ri ro sa se si so ta ti tu to va ve vi vo za zo
     """
 )
