@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import compare, machine_facts, write_result
+from harness import RESULTS, compare, device_name, machine_facts, write_result
 
 from linnet.model import Model, ModelConfig, preset
 from linnet.model.config import SOFTMAX
@@ -38,6 +38,7 @@ from linnet.train.machine import return_freed_tensors
 BATCH, LENGTH, PREFILL, CONTEXT, STEPS = 4, 1024, 8192, 256, 16
 LENGTHS = (2048, 8192, 32_768)
 SEQUENCES = 16
+PARTS = ("training", "prefill", "prefill_lengths", "decode", "decode_16", "decode_int8", "memory")
 TRAINING_PAIRS, PAIRS = 3, 5  # a pair of training steps takes half a minute
 
 
@@ -50,6 +51,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="default: 3 of training, 5 of everything else")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prefill alone")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="the rest of the file stays"
+    )
     parser.add_argument("--memory-of", choices=("linnet", "transformers"))
     parser.add_argument("--folder")
     args = parser.parse_args()
@@ -60,7 +64,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder) / "model")
         values = run(Path(folder) / "model", args)
-    path = write_result(f"bench_94m_{args.dtype}", values)
+    name = f"bench_94m_{args.dtype}"
+    path = RESULTS / device_name() / f"{name}.json"
+    if len(args.only) < len(PARTS) and path.exists():
+        values = json.loads(path.read_text()) | values
+    path = write_result(name, values)
     print(json.dumps(values, indent=2))
     print(f"wrote {path}")
 
@@ -78,21 +86,31 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "fp32_logit_difference": agreement,
         "machine": machine,
     }
-    values["training"] = time_training(ours, theirs, args.pairs or TRAINING_PAIRS, machine)
+    if "training" in args.only:
+        values["training"] = time_training(ours, theirs, args.pairs or TRAINING_PAIRS, machine)
     ours.eval(), theirs.eval()
     pairs = args.pairs or PAIRS
+    timers = {
+        "prefill": lambda: time_prefill(ours, theirs, pairs, machine),
+        "prefill_lengths": lambda: time_lengths(ours, args.lengths, pairs, machine),
+        "decode": lambda: time_decode(ours, theirs, pairs, machine),
+        "decode_16": lambda: time_sequences(ours, pairs, machine),
+        "decode_int8": lambda: time_int8(int8(folder, args.dtype), ours, theirs, pairs, machine),
+    }
     with torch.inference_mode():
-        values["prefill"] = time_prefill(ours, theirs, pairs, machine)
-        values["prefill_lengths"] = time_lengths(ours, args.lengths, pairs, machine)
-        values["decode"] = time_decode(ours, theirs, pairs, machine)
-        values["decode_16"] = time_sequences(ours, pairs, machine)
-        small = int8(folder, args.dtype)
-        difference = relative_logit_difference(small, ours)
-        values["decode_int8"] = {
-            **time_decode(small, theirs, pairs, machine),
-            "relative_logit_difference": difference,
-        }
-    return values | compare_memory(folder, args)
+        for part, timer in timers.items():
+            if part in args.only:
+                values[part] = timer()
+    return values | (compare_memory(folder, args) if "memory" in args.only else {})
+
+
+def time_int8(
+    small: Model, ours: Model, theirs: Any, pairs: int, machine: dict[str, Any]
+) -> dict[str, Any]:  # Any: transformers is untyped here
+    """Time greedy steps with int8 weights, and compare their logits."""
+    difference = relative_logit_difference(small, ours)
+    row = time_decode(small, theirs, pairs, machine)
+    return {**row, "relative_logit_difference": difference}
 
 
 def time_training(
