@@ -87,7 +87,16 @@ class PrefixCache:
                 self._remember(digest)
         if junction is not None and junction < found.length + 2 * PAGE_SIZE:
             junction = None
+        if found.digest in self._entries:
+            # Used last, so that making room for the one that found it does not evict it.
+            self._entries.move_to_end(found.digest)
         return Match(found.length, found.digest, junction)
+
+    def pages_to_start(self, match: Match) -> int:
+        """Return how many free pages `start` needs: one for an entry in memory, which is shared."""
+        if match.digest is None:
+            return 0
+        return 1 if match.digest in self._entries else pages_of(match.length)
 
     def start(self, row: Row, match: Match) -> bool:
         """Let an empty row continue a match; False if it is gone or there is no room."""
@@ -95,7 +104,6 @@ class PrefixCache:
             return False
         entry = self._entries.get(match.digest)
         if entry is not None:
-            self._entries.move_to_end(match.digest)
             return self._blocks.continue_from(row, entry.slot, entry.pages, entry.length)
         return self._start_from_disk(row, match.length, match.digest)
 

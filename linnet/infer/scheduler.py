@@ -169,7 +169,7 @@ class Scheduler:
         match, prefixes = Match(), self._prefixes
         if prefixes is not None and not sequence.wants_prompt_logprobs:
             match = prefixes.find(sequence.tokens)
-            self._make_room(pages_of(match.length) if match.digest else 0)
+            self._make_room(prefixes.pages_to_start(match))
             if prefixes.start(row, match):
                 prefixes.hits += 1
                 if not sequence.num_generated:

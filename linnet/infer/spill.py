@@ -58,6 +58,8 @@ class Spill:
         files = [path for path in self._folder.iterdir() if _length_of(path.name) is not None]
         for path in sorted(files, key=lambda path: path.stat().st_mtime):
             self._note(path.name, path.stat().st_size)
+        self._unwritten: set[str] = set()
+        """Names that wait for the disk."""
         self._lock = threading.Lock()
         self._work: queue.Queue[tuple[str, Extract] | None] = queue.Queue(MAX_UNWRITTEN)
         self._writer = threading.Thread(target=self._write_all, name="linnet-spill", daemon=True)
@@ -75,9 +77,11 @@ class Spill:
     def store(self, digest: bytes, row: Row, memory: PagedMemory) -> None:
         """Copy what a row has, and write it in the background, unless the disk is far behind."""
         name = _name(row.length, digest)
-        if name not in self._sizes and not self._work.full():
-            with suppress(queue.Full):
-                self._work.put_nowait((name, memory.take_out(row)))
+        if name in self._sizes or name in self._unwritten or self._work.full():
+            return
+        self._unwritten.add(name)
+        with suppress(queue.Full):
+            self._work.put_nowait((name, memory.take_out(row)))
 
     def load(self, length: int, digest: bytes) -> Extract | None:
         """Read a prefix; None if it is gone or damaged."""
@@ -104,6 +108,7 @@ class Spill:
     def _write_all(self) -> None:
         while (item := self._work.get()) is not None:
             name, extract = item
+            self._unwritten.discard(name)
             tensors = {}
             for kind in ("states", "keys", "values"):
                 for n, tensor in enumerate(getattr(extract, kind)):

@@ -507,3 +507,17 @@ def run_schedules(engine, model, rng, count):
 
 
 GREEDY_LONG = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+
+def test_hit_does_not_evict_itself(engine, model, rng):
+    # Pages for one prompt and a half: all that the second request needs is shared.
+    built = engine(max_model_len=1024)
+    blocks = built._blocks
+    prompt = prompt_of(rng, 900)
+    blocks._free_pages = blocks._free_pages[:24]
+    first = ask(built, prompt)
+    settle(built)
+    again = ask(built, prompt)
+    settle(built)
+    assert again.tokens == first.tokens
+    assert again.last.usage.cached_tokens == 899

@@ -35,7 +35,7 @@ TALK: tuple[tuple[tuple[str, ...], str], ...] = (
             "Introduce yourself.",
             "who are you",
         ),
-        "I am linnet's small bundled model: 6.4 million parameters, with seven lightning attention "
+        "I am linnet's small bundled model: 7.3 million parameters, with seven lightning attention "
         "layers for each softmax attention layer.",
     ),
     (
