@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 SlopeRule = Literal["published", "transformers", "level"]
-"""`transformers` divides by (L - 1 + 1e-5) and ignores that H may be no power of two; `level` leaves
-the layer out, so that the last layers of a small model can still tell one token from the next."""
+"""`transformers` divides by (L - 1 + 1e-5) and ignores that H may be no power of two. `level` does
+without the layer, so that the last ones of a small model can still tell one token from the next."""
 
 
 def head_slopes(num_heads: int, rule: SlopeRule = "published") -> list[float]:

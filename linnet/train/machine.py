@@ -11,7 +11,6 @@ import torch
 
 from linnet.ops.matmul import product_dtype
 
-
 LARGE_TENSOR_BYTES = 4 << 20
 """From this size on, a freed tensor's memory goes back to the system in training."""
 

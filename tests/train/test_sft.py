@@ -229,5 +229,5 @@ def test_mistakes_in_a_recipe_are_named(sft, changes, complaint):
 def test_bad_line_of_a_file_is_named(sft, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"messages": []}\n')
-    with pytest.raises(DataError, match="bad.jsonl line 1"):
+    with pytest.raises(DataError, match=r"bad\.jsonl line 1"):
         Trainer(sft(mix=[{"source": str(path)}]), show_progress=False)
