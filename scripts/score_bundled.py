@@ -251,13 +251,15 @@ def table(values: dict[str, Any]) -> str:
         for length, row in values["recall"].items()
     ]
     rows += [(f"{row['skill']}, {short(row['tokens'])} tokens", row) for row in values["answers"]]
-    rows.append(("calling the right tool with the right arguments", values["calls"]))
+    if "calls" in values:
+        rows.append(("calling the right tool with the right arguments", values["calls"]))
     lines = ["| skill | right | of |", "| --- | ---: | ---: |"]
     lines += [
         f"| {name} | {row['right'] / row['asked']:.0%} | {row['asked']} |" for name, row in rows
     ]
-    bits = values["python"]["bits_per_byte"]
-    lines += ["", f"Bits per byte of held-out files of Python's standard library: {bits:.3f}."]
+    if "python" in values:
+        bits = values["python"]["bits_per_byte"]
+        lines += ["", f"Bits per byte of held-out files of Python's standard library: {bits:.3f}."]
     return "\n".join(lines)
 
 
