@@ -9,8 +9,12 @@ TORCH_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest
+# Two processes of one thread each; a file's tests stay together, for what its fixtures build.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PINS := pyproject.toml constraints.txt
+
+# Where this is set, every `linnet` that a test starts would be compiled anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -32,10 +36,10 @@ run: $(VENV)/run.stamp ## install linnet and serve the bundled model, with a cha
 train: $(VENV)/run.stamp ## train a small model for a few minutes and report on it
 	$(BIN)/linnet train recipes/nano.toml --resume
 
-test: $(VENV)/dev.stamp ## run the tests (a few minutes) with coverage
-	$(PYTEST) --cov=linnet --cov-report=term
+test: $(VENV)/dev.stamp ## run the tests (a few minutes)
+	$(PYTEST)
 
-test-all: $(VENV)/dev.stamp ## run the slow tests as well
+test-all: $(VENV)/dev.stamp ## run the slow tests as well, with coverage
 	$(PYTEST) -m "slow or not slow" --cov=linnet --cov-report=term
 
 check: $(VENV)/dev.stamp ## check format, lint, types and spelling

@@ -7,18 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from linnet.errors import ConfigError, EngineError
+from linnet.errors import EngineError
 from linnet.infer import Engine, SamplingParams, Ticket
 from linnet.infer.updates import FinishReason, Progress, Update, Usage
 from linnet.text import (
     Delta,
     OutputParser,
-    Tokenizer,
     join_deltas,
     starts_thinking,
-    tool_format_of,
 )
-from linnet.text.special import BEGINNING_OF_SENTENCE
 
 
 class Display(Protocol):
@@ -172,23 +169,6 @@ def _interrupts(cancel: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def chat_template_of(tokenizer: Tokenizer | None) -> str | None:
-    """Return the template for `encode_chat`; None is MiniMax-M1's, which we have better.
-
-    Raises:
-        ConfigError: the model knows no chat format.
-    """
-    if tokenizer is None:
-        raise ConfigError("the model has no tokenizer; put tokenizer.json into its folder")
-    if tool_format_of(tokenizer) == "m1" and BEGINNING_OF_SENTENCE in tokenizer.special_ids:
-        return None
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the model has no chat template; `linnet generate` continues plain text with it"
-        )
-    return tokenizer.chat_template
 
 
 def as_message(answer: Answer, template: str | None) -> dict[str, Any]:  # Any: JSON

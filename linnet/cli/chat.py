@@ -37,8 +37,8 @@ def add_parser(verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until there is nothing more to say."""
-    from linnet.cli.answering import chat_template_of
     from linnet.infer import Engine, EngineSettings
+    from linnet.text import chat_template_of
 
     params = sampling_params(args)
     model = load(args)

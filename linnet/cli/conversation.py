@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from linnet.cli.answering import Answer, Display, as_message, chat_template_of, stream_answer
+from linnet.cli.answering import Answer, Display, as_message, stream_answer
 from linnet.infer import Engine, SamplingParams
-from linnet.text import Tokenizer, encode_chat
+from linnet.text import Tokenizer, chat_template_of, encode_chat
 
 Message = dict[str, Any]  # Any: JSON
 

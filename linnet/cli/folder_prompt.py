@@ -9,10 +9,9 @@ from itertools import chain
 from rich.console import Console
 from rich.table import Table
 
-from linnet.cli.answering import chat_template_of
 from linnet.cli.screen import printable
 from linnet.model.presets import config_of, model_folder
-from linnet.text import Tokenizer
+from linnet.text import Tokenizer, chat_template_of
 from linnet.text.folder import SkippedFile, frame_documents, pack_folder
 
 NUM_NAMED = 3

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from linnet.model import Model
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add how a model is loaded."""
     parser.add_argument(
         "--dtype",
@@ -19,6 +19,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", choices=("int8",), help="round the weights, for speed and memory"
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a model is loaded, and how long its requests may be."""
+    add_loading_options(parser)
     parser.add_argument(
         "--max-model-len",
         type=int,
@@ -27,11 +32,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+def add_sampling_options(
+    parser: argparse.ArgumentParser, temperature: float, max_tokens: int = 1024
+) -> None:
     """Add how tokens are chosen."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-tokens", type=int, default=1024, help="of an answer (default: %(default)s)"
+        "--max-tokens", type=int, default=max_tokens, help="of an answer (default: %(default)s)"
     )
     group.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)"
@@ -67,7 +74,7 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
 
 
 def load(args: argparse.Namespace) -> "Model":
-    """Load the model that `add_model_options` and `args.model` say.
+    """Load the model that `add_loading_options` and `args.model` say.
 
     Raises:
         CheckpointError: its folder is missing or damaged.

@@ -129,6 +129,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # without it, another process may bind the same port
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror}") from None

@@ -6,7 +6,6 @@ as well). Everything that runs the model is behind `Runner.run`, so that several
 stand behind it.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,18 +99,13 @@ class Runner:
     def _run_packed(self, chunks: Sequence[Chunk], places: list[int], step: Step) -> None:
         device = self.model.device
         lengths = [len(chunks[n].tokens) for n in places]
-        rows = PackedRows(self.memory, [chunks[n].row for n in places], lengths, device)
+        num_logits = [chunks[n].num_logits for n in places]
+        rows = PackedRows(self.memory, [chunks[n].row for n in places], lengths, device, num_logits)
         tokens = [token for n in places for token in chunks[n].tokens]
         hidden = self.model.continue_packed(torch.tensor([tokens], device=device), rows)[0]
-        stops = itertools.accumulate(lengths)
-        wanted = [
-            hidden[stop - chunks[n].num_logits : stop]
-            for n, stop in zip(places, stops, strict=True)
-        ]
-        sizes = [len(own) for own in wanted]
-        if sum(sizes):
-            logits = lm_head(torch.cat(wanted), self.model.lm_head.weight).cpu()
-            for n, own in zip(places, logits.split(sizes), strict=True):
+        if sum(num_logits):
+            logits = lm_head(hidden, self.model.lm_head.weight).cpu()
+            for n, own in zip(places, logits.split(num_logits), strict=True):
                 step.logits[n] = own
         step.add_packed(rows, places)
 

@@ -34,7 +34,10 @@ class Memory(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        """Keep the keys and values of a softmax layer, and attend to them and all before them."""
+        """Keep the keys and values of a softmax layer, and attend to them and all before them.
+
+        The queries may be those of `Context.wanted` alone.
+        """
         ...
 
 
@@ -47,6 +50,12 @@ class Context(NamedTuple):
     cu_seqlens: Tensor | None
     forms_norms_again: bool = False
     """Whether the backward pass forms the results of norms again instead of keeping them."""
+    wanted: Tensor | None = None
+    """[W] indices of the tokens whose outputs are read; None for all. The last of each sequence."""
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Return x [B, T, ...] of the wanted tokens alone."""
+        return x if self.wanted is None else x.index_select(1, self.wanted)
 
 
 class LightningAttention(nn.Module):
@@ -79,7 +88,7 @@ class LightningAttention(nn.Module):
         return self
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
+        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T or W, D]."""
         qkv = self.qkv_proj(x).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = qkv.split(self.head_dim, -1)  # [B, T, H, K] each
         cache = context.cache
@@ -96,7 +105,7 @@ class LightningAttention(nn.Module):
         if cache is not None:
             assert state is not None
             cache.set_state(self.layer, state)
-        o, gate = o.flatten(-2), self.output_gate(x)
+        o, gate = context.pick(o).flatten(-2), self.output_gate(context.pick(x))
         gated = self.norm(o, gate)
         if not context.forms_norms_again:
             return self.out_proj(gated)
@@ -119,10 +128,12 @@ class SoftmaxAttention(nn.Module):
         self.attend = ops.softmax_attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T, D]."""
-        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # [B, T, H or G, K]
-        q, k = ops.apply_rotary(q, *context.rotary), ops.apply_rotary(k, *context.rotary)
+        """Mix tokens; x [B, T, D] normed input of the layer -> [B, T or W, D]."""
+        projections = (self.q_proj(context.pick(x)), self.k_proj(x), self.v_proj(x))
+        # [B, T or W, H, K] and twice [B, T, G, K]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
+        q = ops.apply_rotary(q, *(context.pick(table) for table in context.rotary))
+        k = ops.apply_rotary(k, *context.rotary)
         if context.cache is None:
             o = self.attend(q, k, v, cu_seqlens=context.cu_seqlens)
         else:

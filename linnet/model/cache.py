@@ -92,8 +92,9 @@ class Cache:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]
     ) -> Tensor:
-        """Append keys and values [B, T, G, K], and attend to all with queries [B, T, H, K]."""
-        return attend(q, *self.append(layer, k, v))
+        """Append keys and values [B, T, G, K]; attend to all with the last queries [B, W, H, K]."""
+        keys, values = self.append(layer, k, v)
+        return attend(q, keys, values) if q.shape[1] else q
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [B, T, G, K] after the `length` tokens there, and return all of them.

@@ -160,13 +160,28 @@ class PackedRows:
         memory: where they lie.
         rows: the sequences, each with pages for its new tokens.
         lengths: how many new tokens each has.
+        num_wanted: of how many of its last new tokens the hidden states are read; None for all.
     """
 
     def __init__(
-        self, memory: PagedMemory, rows: Sequence[Row], lengths: Sequence[int], device: torch.device
+        self,
+        memory: PagedMemory,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        device: torch.device,
+        num_wanted: Sequence[int] | None = None,
     ) -> None:
         self._memory, self._rows, self._lengths = memory, rows, lengths
+        self._num_wanted = lengths if num_wanted is None else num_wanted
         self._bounds = list(itertools.accumulate(lengths, initial=0))
+        self.wanted: Tensor | None = None
+        """[W] int64 indices of the new tokens whose hidden states are read; None for all."""
+        if sum(self._num_wanted) < self._bounds[-1]:
+            parts = [
+                torch.arange(stop - n, stop)
+                for stop, n in zip(self._bounds[1:], self._num_wanted, strict=True)
+            ]
+            self.wanted = torch.cat(parts).to(device)
         self.cu_seqlens = torch.tensor(self._bounds, device=device)
         """[N + 1] int64 offsets of the sequences' new tokens."""
         positions = [
@@ -203,15 +218,29 @@ class PackedRows:
         assert keys is not None and values is not None
         keys[self._pages, self._offsets] = k[0]
         values[self._pages, self._offsets] = v[0]
+        is_whole = q.shape[1] == k.shape[1]
+        counts = self._lengths if is_whole else self._num_wanted
         parts = []
-        for row, (start, stop) in zip(self._rows, itertools.pairwise(self._bounds), strict=True):
-            own_q, own_k, own_v = (x[:, start:stop] for x in (q, k, v))
+        spans = zip(
+            self._rows, q.split(list(counts), 1), itertools.pairwise(self._bounds), strict=True
+        )
+        for row, own_q, (start, stop) in spans:
+            own_k, own_v = k[:, start:stop], v[:, start:stop]
+            if not own_q.shape[1]:
+                continue
             if row.length:
-                past = _segments(keys, values, row)
-                parts.append(continue_softmax_attention(own_q, own_k, own_v, past))
+                # Tokens before the first query are all of its past.
+                first = stop - start - own_q.shape[1]
+                past = itertools.chain(
+                    _segments(keys, values, row),
+                    [(own_k[:, :first], own_v[:, :first])] if first else [],
+                )
+                parts.append(
+                    continue_softmax_attention(own_q, own_k[:, first:], own_v[:, first:], past)
+                )
             else:
                 parts.append(attend(own_q, own_k, own_v))
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1) if parts else q
 
     def commit(self, keep: Sequence[bool]) -> None:
         """Replace the states and count the tokens of the sequences that keep them.

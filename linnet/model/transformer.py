@@ -52,12 +52,15 @@ class Block(nn.Module):
         self.mlp_factors = (config.layernorm_mlp_alpha, config.layernorm_mlp_beta)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
-        """Map x [B, T, D] to [B, T, D] and the router's statistics."""
+        """Map x [B, T, D] to [B, T or W, D] and the router's statistics."""
         again = context.forms_norms_again
         normed = self.input_layernorm(x)
         with _formed_again(self.input_layernorm, x, normed, again):
             y = self.self_attn(normed, context)
-        x = _residual_sum(normed if self.postnorm else x, y, self.attention_factors)
+        residual = context.pick(normed if self.postnorm else x)
+        x = _residual_sum(residual, y, self.attention_factors)
+        if context.wanted is not None and not x.numel():
+            return x, None
         normed = self.post_attention_layernorm(x)
         with _formed_again(self.post_attention_layernorm, x, normed, again):
             y, stats = self._feed_forward(normed)
@@ -141,7 +144,7 @@ class Model(nn.Module):
             logits = decode_step(self, tokens, cache, wants_logits=logits_to_keep != 0)
             if logits is not None:
                 return logits
-            hidden = self._continue(tokens, cache)
+            hidden = self._continue(tokens, cache, logits_to_keep)
         if logits_to_keep is not None:
             hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -167,19 +170,22 @@ class Model(nn.Module):
                 `rows.commit`, which the caller calls for those that are to keep the tokens.
 
         Returns:
-            The normed hidden states [1, T, D] that the LM head reads.
+            The normed hidden states [1, W, D] that the LM head reads, of `rows.wanted`.
 
         Raises:
             ValueError: tokens that do not fit, or ids outside the vocabulary.
         """
         self._check(tokens, None, rows.cu_seqlens)
-        return self._run_layers(tokens, rows, rows.cu_seqlens)[0]
+        return self._run_layers(tokens, rows, rows.cu_seqlens, rows.wanted)[0]
 
     @torch.no_grad()
-    def _continue(self, tokens: Tensor, cache: Cache) -> Tensor:
-        before = cache.snapshot()
+    def _continue(self, tokens: Tensor, cache: Cache, num_wanted: int | None) -> Tensor:
+        before, length = cache.snapshot(), tokens.shape[1]
+        wanted = None
+        if num_wanted is not None and num_wanted < length:
+            wanted = torch.arange(length - num_wanted, length, device=tokens.device)
         try:
-            hidden, _ = self._run_layers(tokens, cache, None)
+            hidden, _ = self._run_layers(tokens, cache, None, wanted)
         except BaseException:
             # Some layers have taken the tokens in and others have not.
             cache.restore(before)
@@ -188,7 +194,11 @@ class Model(nn.Module):
         return hidden
 
     def _run_layers(
-        self, tokens: Tensor, cache: Memory | None, cu_seqlens: Tensor | None
+        self,
+        tokens: Tensor,
+        cache: Memory | None,
+        cu_seqlens: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if cache is None:
@@ -201,6 +211,10 @@ class Model(nn.Module):
         context = Context(rotary, cache, cu_seqlens, again)
         all_stats = []
         for layer in self.layers:
+            if layer is self.layers[-1]:
+                # Of a token that nobody reads, the last layer leaves its keys, values and state:
+                # in a prompt, no attention of that layer and none of its experts.
+                context = context._replace(wanted=wanted)
             if self.activation_recompute and self.training:
                 x, stats = checkpoint(layer, x, context, use_reentrant=False)
             else:

@@ -16,8 +16,7 @@ from linnet.serve.schemas.base import SamplingFields
 from linnet.serve.schemas.chat import ContentPart, ReasoningEffort
 from linnet.serve.schemas.responses import InputPart
 from linnet.serve.service import Service
-from linnet.text import OutputParser, encode_chat, starts_thinking
-from linnet.text.special import BEGINNING_OF_SENTENCE
+from linnet.text import OutputParser, chat_template_of, encode_chat, starts_thinking
 
 JsonObject = dict[str, Any]  # Any: JSON from outside
 
@@ -137,13 +136,11 @@ async def encode_conversation(
 
 
 def _encode(service: Service, conversation: Conversation) -> list[int]:
-    # The published M1 template loses tool calls and reads lists of parts only; ours does neither.
-    is_m1 = service.tool_format == "m1" and BEGINNING_OF_SENTENCE in service.tokenizer.special_ids
-    template = None if is_m1 else service.tokenizer.chat_template
-    if template is None and not is_m1:
-        raise bad_request(
-            "this model has no chat template; continue plain text by /v1/completions", "messages"
-        )
+    try:
+        template = chat_template_of(service.tokenizer)
+    except DataError as error:
+        raise bad_request(str(error), "messages") from None
+    is_m1 = template is None
     messages = [_message(message, is_m1) for message in conversation.messages]
     tools = conversation.usable_tools
     if not is_m1:

@@ -1,6 +1,6 @@
 """Text in and out: the tokenizer, streaming decoding, chat formats, and completions taken apart."""
 
-from linnet.text.chat import encode_chat, render_chat
+from linnet.text.chat import chat_template_of, encode_chat, render_chat
 from linnet.text.output import (
     CallDelta,
     Delta,
@@ -31,6 +31,7 @@ __all__ = [
     "Tokenizer",
     "ToolCall",
     "ToolFormat",
+    "chat_template_of",
     "encode_chat",
     "join_deltas",
     "parse_output",

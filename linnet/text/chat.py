@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from linnet.errors import DataError
+from linnet.text.output import tool_format_of
 from linnet.text.special import BEGINNING_OF_SENTENCE
 from linnet.text.template import M1_TEMPLATE, render
 from linnet.text.template_m2 import M2_TEMPLATE
@@ -56,6 +57,26 @@ def render_chat(
         "add_generation_prompt": add_generation_prompt,
     }
     return render(template or M1_TEMPLATE, variables)
+
+
+def chat_template_of(tokenizer: Tokenizer | None) -> str | None:
+    """Return the template of a model's chats, for `encode_chat`; None is MiniMax-M1's.
+
+    The published M1 template loses tool calls and reads lists of parts only; ours does neither.
+
+    Raises:
+        DataError: the model knows no chat format.
+    """
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer; put tokenizer.json into its folder")
+    if tool_format_of(tokenizer) == "m1" and BEGINNING_OF_SENTENCE in tokenizer.special_ids:
+        return None
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the model has no chat template; continue plain text with it (`linnet generate`, "
+            "/v1/completions)"
+        )
+    return tokenizer.chat_template
 
 
 def encode_chat(

@@ -19,16 +19,15 @@ from rich.console import Console
 
 import linnet
 from linnet.cli import build_parser, main
-from linnet.cli.answering import chat_template_of
 from linnet.cli.conversation import Conversation
 from linnet.cli.keyboard import Keyboard
 from linnet.cli.screen import PlainDisplay, PromptBar, TerminalDisplay, printable
 from linnet.data.dialogues import DialogueFile
-from linnet.errors import ConfigError, PromptTooLong
+from linnet.errors import DataError, PromptTooLong
 from linnet.infer import SamplingParams
 from linnet.infer.generate import stream_tokens
 from linnet.infer.updates import Progress
-from linnet.text import Delta, Tokenizer, encode_chat
+from linnet.text import Delta, Tokenizer, chat_template_of, encode_chat
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 
@@ -135,13 +134,13 @@ def test_conversation_that_has_no_room_left_is_refused_and_not_changed(chat_engi
 
 
 def test_models_without_a_chat_format_are_refused(chat_folder):
-    with pytest.raises(ConfigError, match="no tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer"):
         chat_template_of(None)
     tokenizer = Tokenizer.load(chat_folder)
     tokenizer.chat_template = None
     assert chat_template_of(tokenizer) is None  # the special tokens say that it is M1's
     tokenizer.special_ids = {}
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(DataError, match="no chat template"):
         chat_template_of(tokenizer)
 
 

@@ -1,7 +1,5 @@
 """A tiny model with a tokenizer of bytes and a few merges."""
 
-from collections.abc import Iterator
-
 import pytest
 import tokenizers
 import torch
@@ -9,15 +7,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from linnet.model import Model, ModelConfig
 from linnet.text import Tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Do not share the work of a tiny model: on busy cores each part waits for the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

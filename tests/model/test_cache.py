@@ -37,6 +37,8 @@ def in_chunks(model, tokens, sizes, cache=None):
 
 def assert_close(actual, expected):
     assert actual.shape == expected.shape
+    if not actual.numel():
+        return
     difference = (actual - expected).abs().max().item()
     print(f"max abs difference {difference:.1e} of logits up to {expected.abs().max():.1f}")
     assert difference < TOLERANCE
@@ -89,6 +91,17 @@ def test_logits_to_keep_are_the_last_ones(tiny_model, keep):
     kept = model(tokens, logits_to_keep=keep)
     expected = model(tokens)[:, max(0, LENGTH - keep) :]
     torch.testing.assert_close(kept, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 40, 64])
+@torch.no_grad()
+def test_logits_that_nobody_reads_leave_the_same_cache(model, keep):
+    tokens = tokens_of(batch=2)
+    whole, cache = model(tokens), model.new_cache(2)
+    for start, stop in ((0, 64), (64, 66), (66, 130)):
+        kept = model(tokens[:, start:stop], cache=cache, logits_to_keep=keep)
+        assert_close(kept, whole[:, max(start, stop - keep) : stop])
+    assert_close(model(tokens[:, 130:], cache=cache), whole[:, 130:])
 
 
 @torch.no_grad()

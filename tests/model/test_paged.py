@@ -30,17 +30,17 @@ class Sequences:
     def extend(self, row, num_tokens):
         row.pages.extend(self.free.pop() for _ in range(row.pages_for(num_tokens)))
 
-    def packed(self, pieces, keep=True):
+    def packed(self, pieces, keep=True, num_wanted=None):
         """Take in pieces, {number of the row: tokens [1, T]}, and return the logits of each."""
         rows, tokens = [self.rows[n] for n in pieces], list(pieces.values())
         lengths = [piece.shape[1] for piece in tokens]
         for row, length in zip(rows, lengths, strict=True):
             self.extend(row, length)
-        packed = PackedRows(self.memory, rows, lengths, CPU)
+        packed = PackedRows(self.memory, rows, lengths, CPU, num_wanted)
         hidden = self.model.continue_packed(torch.cat(tokens, 1), packed)
         packed.commit([keep] * len(rows))
         logits = lm_head(hidden, self.model.lm_head.weight).detach()
-        return dict(zip(pieces, logits.split(lengths, 1), strict=True))
+        return dict(zip(pieces, logits.split(num_wanted or lengths, 1), strict=True))
 
     def step(self, tokens):
         """Take in one token each, {number of the row: id}, with the native step."""
@@ -86,6 +86,27 @@ def test_neighbors_of_other_lengths_change_nothing(model):
     for tokens, parts in zip(all_tokens, got, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=TOLERANCE, rtol=0)
+
+
+def test_wanted_logits_are_those_of_the_whole(model):
+    all_tokens = [tokens_of(length, seed) for seed, length in enumerate((300, 230, 140))]
+    sequences = Sequences(model, 3)
+    for sizes, wanted in (
+        ((64, 100, 3), [0, 0, 0]),
+        ((63, 1, 65), [2, 1, 0]),
+        ((130, 64, 1), [0, 64, 1]),
+        ((43, 65, 71), [1, 1, 71]),
+    ):
+        starts = [row.length for row in sequences.rows]
+        pieces = {
+            n: tokens[:, start : start + size]
+            for n, (tokens, start, size) in enumerate(zip(all_tokens, starts, sizes, strict=True))
+        }
+        for n, logits in sequences.packed(pieces, num_wanted=wanted).items():
+            stop = starts[n] + sizes[n]
+            with torch.no_grad():
+                whole = model(all_tokens[n])[:, stop - wanted[n] : stop]
+            torch.testing.assert_close(logits, whole, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.skipif(library() is None, reason="no native kernels on this machine")

@@ -1,10 +1,19 @@
 """How an operator is compared with its plain reference: outputs and every gradient, in fp64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Let operators divide their work."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 

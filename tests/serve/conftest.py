@@ -54,15 +54,6 @@ class Address:
 Serve = Callable[..., AbstractContextManager[Address]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Do not share the work of a tiny model: on busy cores each part waits for the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train([CORPUS] * 3, vocab_size=320)
