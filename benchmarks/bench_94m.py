@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from harness import RESULTS, compare, device_name, machine_facts, write_result
 
-from linnet.model import Model, ModelConfig, preset
+from linnet.model import Model, preset
 from linnet.model.config import SOFTMAX
-from linnet.model.cost import forward_flops, training_flops
+from linnet.model.cost import prefill_flops, training_flops
 from linnet.model.init import initialize
 from linnet.model.weights import build_model, load_model
 from linnet.ops import cross_entropy
@@ -240,11 +240,6 @@ def of_reading(step_bytes: float, seconds: float, machine: dict[str, Any]) -> di
     """Return the share of the measured rate of reading memory; above 1 a cache holds weights."""
     share = step_bytes * STEPS / seconds / machine["read_bytes_per_s"]
     return {"weight_bytes_per_step": step_bytes, "share_of_limit": share, "limit": "memory reads"}
-
-
-def prefill_flops(config: ModelConfig, length: int) -> int:
-    """Return the FLOPs of a prefill whose LM head sees the last token alone."""
-    return forward_flops(config, length) - 2 * config.vocab_size * config.hidden_size * (length - 1)
 
 
 def weight_bytes(model: Model, num_rows: int) -> float:

@@ -31,9 +31,7 @@ from linnet.data.dialogues.facts import draw_facts
 from linnet.data.dialogues.turns import ask
 from linnet.infer.generate import end_tokens
 from linnet.model import Cache, Model
-from linnet.model.attention import Context, SoftmaxAttention
 from linnet.model.weights import load_model
-from linnet.ops import apply_rotary, rotary_tables
 from linnet.text import encode_chat
 from linnet.train.loss import held_out_nll
 
@@ -105,30 +103,9 @@ class Scorer:
 
 @torch.inference_mode()
 def prefill(model: Model, tokens: Sequence[int], cache: Cache) -> None:
-    """Take in tokens whose outputs nobody reads.
-
-    If only the last layer is softmax attention, it is given keys and values and nothing else, so a
-    million tokens take a million times what one takes; the result is that of `model(...)`.
-    """
-    *lightning, last = model.layers
-    attention = last.self_attn
-    if not isinstance(attention, SoftmaxAttention) or any(
-        isinstance(layer.self_attn, SoftmaxAttention) for layer in lightning
-    ):
-        raise SystemExit("score_bundled.py expects one softmax layer, the last")
-    config = model.config
+    """Take in tokens whose outputs nobody reads."""
     for chunk in torch.tensor([list(tokens)]).split(CHUNK, 1):
-        x = model.embed_tokens(chunk).to(model.compute_dtype)
-        positions = torch.arange(cache.length, cache.length + chunk.shape[1])[None]
-        rotary = rotary_tables(positions, config.rotary_dim, config.rope_theta)
-        context = Context(rotary, cache, None)
-        for layer in lightning:
-            x, _ = layer(x, context)
-        x = last.input_layernorm(x)
-        projections = (attention.k_proj(x), attention.v_proj(x))
-        k, v = (y.unflatten(-1, (-1, config.head_dim)) for y in projections)
-        cache.append(attention.layer, apply_rotary(k, *rotary), v)
-        cache.advance(chunk.shape[1])
+        model(chunk, cache=cache, logits_to_keep=0)
 
 
 def score_recall(scorer: Scorer, length: int, count: int) -> dict[str, Any]:

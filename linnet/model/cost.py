@@ -76,6 +76,24 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     return 2 * weights * length + num_lightning * lightning + num_softmax * softmax
 
 
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    """Return the FLOPs of taking in `length` tokens up to the logits of the last.
+
+    Of the others the last layer computes keys and values, or its state, and no more.
+    """
+    hidden, inner = config.hidden_size, config.inner_size
+    feed_forward = 3 * hidden * config.intermediate_size * config.num_experts_per_tok
+    feed_forward += hidden * (config.num_local_experts + 1)  # the router and a norm
+    if config.shared_intermediate_size:
+        feed_forward += 3 * hidden * config.shared_intermediate_size + hidden
+    # Of softmax attention the projections of queries and outputs, of lightning gate and outputs.
+    unread = feed_forward + 2 * hidden * inner + config.vocab_size * hidden
+    skipped = 2 * unread * (length - 1)
+    if config.attn_type_list[-1] == SOFTMAX:
+        skipped += 4 * inner * (_causal_pairs(length) - length)
+    return forward_flops(config, length) - skipped
+
+
 def training_flops(config: ModelConfig, length: int) -> int:
     """Return the FLOPs of forward and backward over a sequence, without recomputation."""
     return 3 * forward_flops(config, length)

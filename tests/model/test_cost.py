@@ -7,6 +7,7 @@ from linnet.model.cost import (
     decode_flops,
     forward_flops,
     m1_generation_curve,
+    prefill_flops,
     r1_generation_curve,
     training_flops,
 )
@@ -124,6 +125,23 @@ def test_forward_flops_are_those_of_its_products(tiny_config):
     softmax = 4 * inner * (300 * 301 // 2)
     assert forward_flops(config, length) == 2 * weights * length + lightning + softmax
     assert training_flops(config, length) == 3 * forward_flops(config, length)
+
+
+@pytest.mark.parametrize("kind", ["S", "L"])
+def test_prefill_leaves_out_what_nobody_reads(tiny_config, kind):
+    length, unread = 300, 299
+    config, before = tiny_config("L" + kind), tiny_config("L")
+    head = 2 * config.vocab_size * config.hidden_size
+    last_layer = prefill_flops(config, length) - forward_flops(before, length) + head * unread
+    whole = 2 * (cost_of(config).params_active - cost_of(before).params_active)
+    hidden, inner, width = config.hidden_size, config.inner_size, config.head_dim
+    if kind == "S":
+        kept = 2 * hidden * (1 + 2 * config.num_key_value_heads * width)  # a norm, keys, values
+        attention = 4 * inner * length
+    else:
+        kept = 2 * (hidden + 3 * hidden * inner + inner)  # two norms, and what the state needs
+        attention = 4 * inner * (width * length + 256 * 257 // 2 + 44 * 45 // 2)
+    assert last_layer == whole + kept * unread + attention
 
 
 def test_decoding_all_tokens_costs_a_prefill_without_its_blocks(tiny_config):
