@@ -5,7 +5,9 @@
 Both small models take random tokens in chunks of 8192 with a cache, each in a process of its own.
 The time so far and the memory held are recorded at each power of two, and written at once, so that
 an interrupted run keeps what it has. The twin, whose layers are all softmax attention, stops after
-the first chunk that ends beyond the limit. Writes results/<device>/million.json, docs/million.png.
+the first chunk that ends beyond the limit. The hybrid's softmax layer is its last, of which a
+prompt needs keys and values alone (docs/engine.md), so its time grows with the length. Writes
+results/<device>/million.json and docs/million.png.
 """
 
 import argparse
@@ -73,8 +75,8 @@ def main() -> None:
 def config_of(side: str) -> ModelConfig:
     """Return the preset `nano` with one head of 32 channels, or its softmax-only twin.
 
-    The softmax layer's 5.5e11 pairs at a million tokens decide the size: with one head of 32
-    channels they are 5.5e11 exponentials and 7e13 FLOPs, the least that is still a usual shape.
+    The twin's 5.5e11 pairs per layer at a million tokens decide the size: one head of 32 channels
+    is the least that is still a usual shape.
     """
     base = dataclasses.replace(
         preset("nano"), num_attention_heads=1, num_key_value_heads=1, head_dim=32, rotary_dim=16

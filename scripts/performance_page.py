@@ -320,7 +320,11 @@ def summary(rows: list[Row]) -> str:
 
 def lengths(result: Result, source: str) -> Iterator[str]:
     """Yield the table of prefill by length."""
-    yield f"Prefill of {result['model']} in {result['dtype']} by length ([JSON]({source})):\n"
+    yield (
+        f"Prefill of {result['model']} in {result['dtype']} by length ([JSON]({source})). Its "
+        "softmax layer is the last one, of which a prompt needs keys and values alone; transformers' "
+        "class computes all of it. A model with more softmax layers pays for the earlier ones.\n"
+    )
     titles = ("tokens", "tokens/s", "softmax operator's share", "tokens/s without it")
     rows = result["prefill_lengths"]["rows"]
     yield from table(
@@ -348,7 +352,8 @@ def million(result: Result, source: str) -> Iterator[str]:
     )
     yield (
         f"Random tokens in chunks of {result['chunk']:,} with a cache ([JSON]({source})). "
-        f"{models}. {machine(result['machine'])}\n"
+        f"{models}. {machine(result['machine'])} The hybrid's softmax layer is its last: of a "
+        "prompt it needs keys and values alone.\n"
     )
     for _, side in sides:
         if side["limit_s"] is not None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from linnet.infer.grammar import Grammar, GrammarCompiler, GrammarError, GrammarMatcher
 from linnet.infer.sampler import SamplingParams
 from linnet.infer.thinking import CLOSE, OPEN, thinks_at_end
-from linnet.text import Tokenizer
+from linnet.text import Tokenizer, tool_format_of
 
 _PROMPT_PIECE = 1024
 """Prompt tokens that are looked through at a time for a think tag, from the end."""
@@ -29,11 +29,13 @@ class Vocabulary:
             vocab_size: length of a row of logits.
             end_ids: tokens that end a completion.
             thinks: whether the model may open a think span before what a grammar describes; None
-                for whether the tokenizer has tokens of its own for the tags.
+                for whether the tokenizer has tokens of its own for the tags, or is MiniMax-M1's,
+                which spells them.
         """
         self.tokenizer, self.size, self.end_ids = tokenizer, vocab_size, end_ids
         has_tags = (len(self.open_tokens), len(self.close_tokens(0))) == (1, 1)
-        self.thinks = has_tags if thinks is None else thinks
+        is_m1 = tokenizer is not None and tool_format_of(tokenizer) == "m1"
+        self.thinks = has_tags or is_m1 if thinks is None else thinks
 
     def check(self, params: SamplingParams) -> None:
         """Refuse rules that this vocabulary cannot keep.
