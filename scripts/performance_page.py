@@ -322,7 +322,7 @@ def lengths(result: Result, source: str) -> Iterator[str]:
     """Yield the table of prefill by length."""
     yield (
         f"Prefill of {result['model']} in {result['dtype']} by length ([JSON]({source})). Its "
-        "softmax layer is the last one, of which a prompt needs keys and values alone; transformers' "
+        "softmax layer is the last one, of which a prompt needs keys and values; transformers' "
         "class computes all of it. A model with more softmax layers pays for the earlier ones.\n"
     )
     titles = ("tokens", "tokens/s", "softmax operator's share", "tokens/s without it")

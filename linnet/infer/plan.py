@@ -86,13 +86,15 @@ def make_plan(
     budget = int(SHARE_OF_FREE * free) if memory_bytes is None else memory_bytes
     workspace = workspace_bytes(model, max_sequences, chunk_tokens)
     slot, page = slot_bytes(config), page_bytes(config, model.compute_dtype)
-    snapshots = int(SHARE_OF_SNAPSHOTS * (budget - workspace)) // max(1, slot)
-    num_slots = max_sequences + max(1, min(MAX_SNAPSHOTS, snapshots))
+    needed = pages_of(max_model_len) if max_model_len else 1
+    # Room for the longest request comes before room for kept prefixes.
+    spare = budget - workspace - max_sequences * slot - needed * page
+    most = min(spare, int(SHARE_OF_SNAPSHOTS * (budget - workspace)))
+    num_slots = max_sequences + max(1, min(MAX_SNAPSHOTS, most // max(1, slot)))
     rest = budget - workspace - num_slots * slot
     wanted = max_model_len or config.max_position_embeddings
     most_pages = (max_sequences + 1) * pages_of(wanted)
     num_pages = min(rest // page, most_pages) if page else most_pages
-    needed = pages_of(max_model_len) if max_model_len else 1
     if rest < 0 or num_pages < needed:
         raise MemoryPlanError(
             f"{max_sequences} sequences of {_gib(slot)} states and "
@@ -135,10 +137,13 @@ def workspace_bytes(model: Model, max_sequences: int, chunk_tokens: int) -> int:
         3 * config.intermediate_size + 2 * config.hidden_size
     )
     per_token = 12 * config.hidden_size + 8 * config.inner_size + expert_rows
+    attending = 4 * (config.hidden_size + config.inner_size)
     segment = 2 * SEGMENT_PAGES * PAGE_SIZE * kv * (dtype.itemsize + wide)
     logits = 3 * max_sequences * config.vocab_size * 4
     states = 2 * max_sequences * slot_bytes(config)
-    return chunk_tokens * per_token * wide + segment + logits + states
+    # The experts do not run while a past is gathered.
+    layer = max(chunk_tokens * per_token * wide, chunk_tokens * attending * wide + segment)
+    return layer + logits + states
 
 
 def free_bytes(device: torch.device) -> int:

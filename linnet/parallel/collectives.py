@@ -1,0 +1,77 @@
+"""The collectives that linnet uses, in one form for all versions of PyTorch and both backends."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending:
+    """A tensor that is on its way; `wait` once."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
+
+    def wait(self) -> Tensor:
+        """Return it when it is there."""
+        return self._finish()
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "Pending":
+        """Return what `change` makes of it, later."""
+        return Pending(lambda: change(self.wait()))
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to gather tensors of one shape [N, ...] along their first dimension, rank by rank."""
+    x = x.contiguous()
+    size = dist.get_world_size(group)
+    # gloo takes the concatenated shape only, not the stacked one.
+    result = torch.empty(size * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+    # Renamed in PyTorch 2.13, where the old name warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(result, x, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        assert work is not None
+        work.wait()
+        return result
+
+    return Pending(finish)
+
+
+def send(x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+    """Send a tensor to a rank of the group, and wait until it may be overwritten."""
+    dist.send(x.contiguous(), group=group, group_dst=rank)
+
+
+def receive(into: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+    """Fill a tensor with what a rank of the group sends."""
+    dist.recv(into, group=group, group_src=rank)
+
+
+def exchange(
+    x: Tensor, target: int | None, source: int | None, group: dist.ProcessGroup
+) -> Pending:
+    """Begin to send a tensor to one rank and to receive one of its shape from another.
+
+    Args:
+        x: what is sent; not to be changed before `wait`.
+        target: None to send nothing.
+        source: None to receive nothing; the result is then empty.
+        group: of both.
+    """
+    result = torch.empty_like(x) if source is not None else x.new_empty(0)
+    works = []
+    if target is not None:
+        works.append(dist.isend(x.contiguous(), group=group, group_dst=target))
+    if source is not None:
+        works.append(dist.irecv(result, group=group, group_src=source))
+
+    def finish() -> Tensor:
+        for work in works:
+            if work is not None:
+                work.wait()
+        return result
+
+    return Pending(finish)
