@@ -71,10 +71,8 @@ class Scorer:
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return greedy answers to prompts, whose common beginning is taken in once."""
-        common = 0
-        while len({tuple(prompt[common : common + 1]) for prompt in prompts}) == 1:
-            common += 1
-        common = min(common, min(map(len, prompts)) - 1)
+        most = min(map(len, prompts)) - 1
+        common = next((n for n in range(most) if len({p[n] for p in prompts}) > 1), most)
         cache = self.model.new_cache()
         prefill(self.model, prompts[0][:common], cache)
         before = cache.snapshot()

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^linnet .*", README, flags=re.MULTILINE)
+SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
+COMMANDS = re.findall(r"^linnet .*", SHELL, flags=re.MULTILINE)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 SHORTER = ["train.total_tokens=12_288", "train.final_eval_tokens=2_000", "samples=1"]
 TALKING = {"chat": "Hello\n"}
@@ -32,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "runs/nano").mkdir(parents=True)
     shutil.copytree(ROOT / "models/nano", folder / "runs/nano/model")
     (folder / "notes").mkdir()
-    for number, path in enumerate(sorted((ROOT / "linnet").rglob("*.py"))):
+    for number, path in enumerate(sorted((ROOT / "linnet/text").rglob("*.py"))):
         shutil.copy(path, folder / "notes" / f"{number}.txt")
     return folder
 
@@ -54,7 +55,8 @@ def serving(arguments: list[str], folder: Path) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops.attention_parts import attend_own, attend_past, join
 from linnet.ops.documents import check_offsets, document_bounds
 from linnet.ops.matmul import product_dtype
 
@@ -87,10 +88,10 @@ def continue_softmax_attention(
         return softmax_attention(q, keys, values, scale=scale)
     dtype = product_dtype(q.dtype, q.device)
     queries, own_k, own_v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    part = _attend_own(queries, own_k, own_v, scale)
+    part = attend_own(queries, own_k, own_v, scale)
     for segment in past:
         keys, values = (x.to(dtype).transpose(1, 2) for x in segment)
-        part = _join(_attend_past(queries, keys, values, scale), part)
+        part = join(attend_past(queries, keys, values, scale), part)
     return part[0].transpose(1, 2).to(v.dtype)
 
 
@@ -171,38 +172,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def _continue_chunk(q: Tensor, k: Tensor, v: Tensor, past: int, scale: float | None) -> Tensor:
     """Attend to the past without a mask, to the chunk causally, and join the two by their sums."""
-    before = _attend_past(q, k[:, :, :past], v[:, :, :past], scale)
-    return _join(before, _attend_own(q, k[:, :, past:], v[:, :, past:], scale))[0]
-
-
-_Part = tuple[Tensor, Tensor]
-"""Attention [B, H, T, V] over some of the keys, and the log of its exponentials' sum [B, H, T]."""
-
-
-def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> _Part:
-    batch, heads, length, _ = q.shape
-    # Queries of one group side by side: without a mask their order does not matter.
-    folded = q.reshape(batch, k.shape[1], -1, q.shape[3])  # [B, G, H / G * T, K]
-    o, log_sum = _flash(folded, k, v, False, scale)
-    return o.reshape(batch, heads, length, -1), log_sum.reshape(batch, heads, length)
-
-
-def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> _Part:
-    own_k, own_v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return _flash(q, own_k, own_v, True, scale)
-
-
-def _join(before: _Part, within: _Part) -> _Part:
-    share = torch.sigmoid(before[1] - within[1])[..., None]  # [B, H, T, 1]
-    o = torch.lerp(within[0], before[0], share.to(within[0].dtype))
-    return o, torch.logaddexp(before[1], within[1])
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return the attention [B, H, T, V] and the log of the sum of its exponentials [B, H, T]."""
-    o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, is_causal, scale=scale
-    )
-    return o, log_sum
+    before = attend_past(q, k[:, :, :past], v[:, :, :past], scale)
+    return join(before, attend_own(q, k[:, :, past:], v[:, :, past:], scale))[0]

@@ -40,6 +40,21 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(finish)
 
 
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to sum tensors [P, ...] over the ranks; each gets its own entry [1, ...]."""
+    x = x.contiguous()
+    result = torch.empty_like(x[:1])
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work = scatter(result, x, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        assert work is not None
+        work.wait()
+        return result
+
+    return Pending(finish)
+
+
 def send(x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
     """Send a tensor to a rank of the group, and wait until it may be overwritten."""
     dist.send(x.contiguous(), group=group, group_dst=rank)
@@ -50,23 +65,21 @@ def receive(into: Tensor, rank: int, group: dist.ProcessGroup) -> None:
     dist.recv(into, group=group, group_src=rank)
 
 
-def exchange(
-    x: Tensor, target: int | None, source: int | None, group: dist.ProcessGroup
-) -> Pending:
+def exchange(x: Tensor, target: int, source: int, group: dist.ProcessGroup) -> Pending:
     """Begin to send a tensor to one rank and to receive one of its shape from another.
 
     Args:
         x: what is sent; not to be changed before `wait`.
-        target: None to send nothing.
-        source: None to receive nothing; the result is then empty.
-        group: of both.
+        target, source: ranks of the group, counted round.
+        group: of all.
     """
-    result = torch.empty_like(x) if source is not None else x.new_empty(0)
-    works = []
-    if target is not None:
-        works.append(dist.isend(x.contiguous(), group=group, group_dst=target))
-    if source is not None:
-        works.append(dist.irecv(result, group=group, group_src=source))
+    size = dist.get_world_size(group)
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    works = [
+        dist.isend(x, group=group, group_dst=target % size),
+        dist.irecv(result, group=group, group_src=source % size),
+    ]
 
     def finish() -> Tensor:
         for work in works:

@@ -92,15 +92,15 @@ class StateExchange:
         self, states: Tensor, decay: Tensor, split: SequenceSplit, reverse: bool
     ) -> Pending:
         assert self.nodes is not None
-        size = self.nodes.size
+        nodes, size = self.nodes, self.nodes.size
         node = self.rank // size
         inside = slice(node * size, (node + 1) * size)
         factors = carry_factors(split, decay, reverse)
-        gathered = all_gather(states, self.nodes.within)
+        gathered = all_gather(states, nodes.within)
 
         def across(near: Tensor) -> Tensor:
             total = _combine(node_factors(split, decay, size, node, reverse), near)
-            totals = all_gather(total, self.nodes.across).wait()
+            totals = all_gather(total, nodes.across).wait()
             entering = _combine(factors[inside, self.rank, None], near)
             far = far_factors(split, decay, size, self.rank, reverse)
             return entering + _combine(far, totals)

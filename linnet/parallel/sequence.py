@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linnet import ops
+from linnet.ops.lightning_attention import Activation, Backend
 from linnet.parallel.collectives import Pending
 from linnet.parallel.exchange import StateExchange
 from linnet.parallel.split import Piece, SequenceSplit, split_row
@@ -42,8 +43,8 @@ class LightningAcrossRanks:
         initial_state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = True,
-        backend: str | None = None,
-        activation: str | None = None,
+        backend: Backend | None = None,
+        activation: Activation | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments as of `ops.lightning_attention`, but for the rank's part of the row.
 
