@@ -60,6 +60,8 @@ bench-million: $(VENV)/dev.stamp ## prefill a million tokens and draw docs/milli
 
 bench-serving: $(VENV)/dev.stamp ## measure the engine against transformers (about 10 minutes)
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py --long 1048576
+	$(BIN)/python benchmarks/serving.py --cold-start
 	$(BIN)/python scripts/performance_page.py
 
 bench-gpu: $(VENV)/dev.stamp ## measure the GPU of this machine

@@ -1,21 +1,25 @@
 """The engine against transformers on one model: throughput, a shared prefix, its own overhead.
 
     python benchmarks/serving.py [--requests 32] [--prompt 512] [--output 128]
-    python benchmarks/serving.py --long 1048576 --model models/nano
+    python benchmarks/serving.py --long 1048576 [--model bundled]
+    python benchmarks/serving.py --cold-start
 
 The model is the preset `bench-94m` with random weights, the same on both sides. transformers runs
 its forward pass in a greedy loop, one prompt after the other (a few of them) and all in one batch:
 less than what its `generate` does at each step. The second form takes one long prompt alone, and
-sets the memory it took beside the engine's plan. Writes results/<device>/serving.json.
+sets the memory it took beside the engine's plan. The third starts `linnet serve` with the bundled
+model a few times, and waits for the first token of an answer. Writes results/<device>/serving.json.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ SHARED, QUESTION = 8192, 32
 
 
 def main() -> None:
-    """Run one of the two measurements."""
+    """Run one of the three measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,12 +50,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--long", type=int, help="tokens of the one long prompt")
     parser.add_argument("--model", default="bundled", help="that takes the long prompt")
+    parser.add_argument("--cold-start", action="store_true", help="time `linnet serve` alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = RESULTS / device_name() / "serving.json"
     values = json.loads(path.read_text()) if path.exists() else {}
     values |= {"machine": machine_facts(args.threads)}
-    values |= {"long_prompt": long_prompt(args)} if args.long else against_transformers(args)
+    if args.cold_start:
+        values |= {"cold_start": cold_start(args.repeats)}
+    elif args.long:
+        values |= {"long_prompt": long_prompt(args)}
+    else:
+        values |= against_transformers(args)
     print(json.dumps(values, indent=2))
     print(f"wrote {write_result('serving', values)}")
 
@@ -237,6 +247,45 @@ def long_prompt(args: argparse.Namespace) -> dict[str, Any]:
         "taken_bytes": taken,
         "taken_over_planned": taken / engine.plan.total_bytes,
     }
+
+
+def cold_start(repeats: int) -> dict[str, Any]:
+    """Time `linnet serve` from the start of its process to the first token that a client reads."""
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "linnet", "serve", "--port", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            address = next(line.split()[1] for line in lines if line.startswith("serving "))
+            ready_s = time.perf_counter() - start
+            read_first_token(address)
+            runs.append({"ready_s": ready_s, "first_token_s": time.perf_counter() - start})
+            process.terminate()
+            process.communicate()
+    return {
+        "model": "bundled",
+        "runs": runs,
+        "first_token_s": statistics.median(run["first_token_s"] for run in runs),
+    }
+
+
+def read_first_token(address: str) -> None:
+    """Ask a server and return at the first token of its answer."""
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                delta = json.loads(line[6:])["choices"][0]["delta"]
+                if delta.get("content") or delta.get("reasoning_content"):
+                    return
+    raise SystemExit("the server's answer had no token")
 
 
 def status_bytes(key: str) -> int:

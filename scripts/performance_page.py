@@ -28,6 +28,7 @@ ENGINE_TARGETS = {"one_by_one": 8.0, "batched": 3.0}
 PREFIX_TARGET = 20.0
 OVERHEAD_TARGET = 0.05
 PLAN_TARGET = 1.05
+COLD_START_TARGET_S = 5.0
 FLATNESS_TARGET = 0.85
 NAMES = {
     "forward": "forward",
@@ -296,6 +297,18 @@ def serving_rows(result: Result, source: str) -> Iterator[Row]:
             source=source,
             at_most=True,
             is_own=True,
+        )
+    if cold := result.get("cold_start"):
+        seconds = [run["first_token_s"] for run in cold["runs"]]
+        yield Row(
+            name="linnet serve, bundled: from the start of the process to the first token, seconds",
+            linnet=f"{cold['first_token_s']:.1f} s",
+            other="",
+            ratio=cold["first_token_s"],
+            spread=f" ({min(seconds):.2f} to {max(seconds):.2f})",
+            target=COLD_START_TARGET_S,
+            source=source,
+            at_most=True,
         )
 
 
