@@ -45,6 +45,8 @@ def figures() -> Iterator[str]:
         for name in sorted(results):
             if name.startswith("bench_94m_"):
                 yield from comparison_table(results[name])
+        if "serving" in results:
+            yield from serving_table(results["serving"])
 
 
 def run_table(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -83,6 +85,32 @@ def comparison_table(result: dict[str, Any]) -> Iterator[str]:
     yield f"| training, peak GB of the process | {ours:.2f} | {theirs:.2f} | {ratio} |"
     yield ""
     yield "Both with whole-head rotary and transformers' slopes, since its class has no other.\n"
+
+
+def serving_table(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of the engine and the server."""
+    yield "| serving | |"
+    yield "|---|---|"
+    if "runs" in result:
+        singly, batched = (result[f"speedup_over_{side}"] for side in ("one_by_one", "batched"))
+        yield (
+            f"| bench-94m, {result['requests']} requests of {result['prompt_tokens']} + "
+            f"{result['output_tokens']} tokens at once | {result['tokens_per_s']:.0f} tokens/s: "
+            f"{singly:.1f} times transformers one by one, {batched:.1f} times its batch |"
+        )
+        prefix = result["prefix"]
+        yield (
+            f"| another question about {prefix['shared_tokens']:,} tokens | first token after "
+            f"{prefix['second_s']:.2f} s instead of {prefix['first_s']:.2f} s |"
+        )
+    if long := result.get("long_prompt"):
+        yield (
+            f"| a prompt of {long['tokens']:,} tokens, {long['model']} model | "
+            f"{long['seconds']:.0f} s, {long['taken_bytes'] / 1e9:.2f} GB beside the weights |"
+        )
+    if cold := result.get("cold_start"):
+        yield f"| `linnet serve`, to the first token | {cold['first_token_s']:.1f} s |"
+    yield ""
 
 
 if __name__ == "__main__":
