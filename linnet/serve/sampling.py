@@ -6,6 +6,7 @@ from typing import Literal
 
 from linnet.infer import SamplingParams
 from linnet.infer.grammar import Grammar
+from linnet.infer.sampler import RepetitionStop
 from linnet.serve.errors import bad_request
 from linnet.serve.schemas.base import SamplingFields
 from linnet.serve.schemas.chat import ReasoningEffort
@@ -70,6 +71,7 @@ def sampling_params(
             thinking_budget=0 if effort == "none" else fields.thinking_token_budget,
             reasoning_effort=_EFFORTS[effort] if effort else None,
             grammar=grammar,
+            repetition_stop=_repetition_stop(fields),
         )
     except ValueError as error:
         raise bad_request(str(error)) from None
@@ -78,6 +80,13 @@ def sampling_params(
 
 def _seed(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index) % 2**63
+
+
+def _repetition_stop(fields: SamplingFields) -> RepetitionStop | None:
+    rule = fields.repetition_stop
+    if rule is None:
+        return None
+    return RepetitionStop(num_tokens=rule.num_tokens, probability=rule.probability)
 
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -52,6 +52,14 @@ def test_answer_has_every_field(client):
     assert answer._request_id.startswith("req_")
 
 
+def test_text_that_is_stuck_is_ended(client):
+    stuck = {"repetition_stop": {"num_tokens": 5, "probability": 0.0}}
+    choice = ask(client, extra_body=stuck).choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("length", "repetition")
+    answer = ask(client, extra_body={"repetition_stop": {}})
+    assert answer.usage.completion_tokens == 12
+
+
 def test_chunks_come_in_order_and_add_up_to_the_whole(client):
     whole = ask(client)
     options = {"stream_options": {"include_usage": True}}

@@ -24,6 +24,13 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+class RepetitionStopFields(RequestModel):
+    """When a text counts as stuck: so many tokens in a row, each above the probability."""
+
+    num_tokens: int = Field(default=3000, ge=1)
+    probability: float = Field(default=0.99, ge=0, le=1)
+
+
 class SamplingFields(RequestModel):
     """The rules of sampling, as OpenAI's API and its imitators call them."""
 
@@ -50,6 +57,9 @@ class SamplingFields(RequestModel):
     min_tokens: int | None = Field(default=None, ge=0)
     thinking_token_budget: int | None = Field(
         default=None, ge=0, description="tokens in think spans, after which they are closed"
+    )
+    repetition_stop: RepetitionStopFields | None = Field(
+        default=None, description="end a text that is stuck; {} for MiniMax-M1's rule"
     )
 
 

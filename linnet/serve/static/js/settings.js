@@ -62,6 +62,7 @@ export function requestBody(settings, model, messages) {
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     return_progress: true,
+    repetition_stop: {},
   };
   for (const name of SAMPLING) {
     if (settings.sampling[name] !== "") body[name] = Number(settings.sampling[name]);
