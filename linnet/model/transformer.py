@@ -151,14 +151,20 @@ class Model(nn.Module):
             return lm_head(hidden, self.lm_head.weight)
 
     def hidden_states(
-        self, tokens: Tensor, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         """Return the normed hidden states [B, T, D] that the LM head reads.
 
         Arguments as in `forward`. In training mode also returns the router statistics per layer.
+        With `positions` [1, T], of each token in its document, the tokens may be part of a row of
+        which `cu_seqlens` describes the whole, if the layers' `attend` know what to do with that:
+        see `linnet.parallel`.
         """
-        self._check(tokens, None, cu_seqlens)
-        return self._run_layers(tokens, None, cu_seqlens)
+        self._check(tokens, None, cu_seqlens if positions is None else None)
+        return self._run_layers(tokens, None, cu_seqlens, positions=positions)
 
     @torch.no_grad()
     def continue_packed(self, tokens: Tensor, rows: PackedRows) -> Tensor:
@@ -199,12 +205,13 @@ class Model(nn.Module):
         cache: Memory | None,
         cu_seqlens: Tensor | None,
         wanted: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        if cache is None:
-            positions = _positions(tokens, cu_seqlens)
-        else:
+        if cache is not None:
             positions = cache.positions(tokens.shape[1], tokens.device)
+        elif positions is None:
+            positions = _positions(tokens, cu_seqlens)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         # A checkpointed block keeps nothing in any case.
         again = torch.is_grad_enabled() and not (self.activation_recompute and self.training)

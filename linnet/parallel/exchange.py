@@ -115,9 +115,9 @@ class StateExchange:
             receive(entering, before, self.group)
         if 0 <= after < self.size:
             # What leaves: what entered, decayed over this piece if its document runs through it.
-            leaving = states + entering * _through(split, decay, self.rank, reverse)
-            between = carry_factors(split, decay, reverse)[self.rank, after]
-            send(leaving * between[:, None, None], after, self.group)
+            leaving = states + entering * _through(split, decay, self.rank).to(states.dtype)
+            between = carry_factors(split, decay, reverse)[self.rank, after, :, None, None]
+            send(leaving * between.to(states.dtype), after, self.group)
         return entering
 
 
@@ -168,9 +168,8 @@ def _runs_through(split: SequenceSplit, piece: int) -> bool:
     return split.pieces[piece].first_stop == split.pieces[piece].stop
 
 
-def _through(split: SequenceSplit, decay: Tensor, piece: int, reverse: bool) -> Tensor:
+def _through(split: SequenceSplit, decay: Tensor, piece: int) -> Tensor:
     """Return [H, 1, 1]: what is left of a state after a piece; 0 if a document ends within it."""
-    del reverse  # a document that runs through does so in both directions
     if not _runs_through(split, piece):
         return torch.zeros_like(decay)[:, None, None]
     return torch.exp(-decay.double() * len(split.pieces[piece]))[:, None, None]

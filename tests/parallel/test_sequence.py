@@ -93,9 +93,10 @@ def test_ranks_with_a_token_or_two(ranks, offsets):
     )
 
 
-def test_fp32_stays_within_its_rounding(ranks):
+@pytest.mark.parametrize(("mode", "is_balanced"), [("all_gather", True), ("ring", False)])
+def test_fp32_stays_within_its_rounding(ranks, mode, is_balanced):
     offsets = [0, 100, 700, 1000]
-    results = ranks(on_rank, 4, offsets, "all_gather", True, True, torch.float32)
+    results = ranks(on_rank, 4, offsets, mode, is_balanced, True, torch.float32)
     expected = [x.float() for x in whole(offsets, True)]
     scale = max(float(x.abs().max()) for x in expected)
     assert_equal_parts(results, expected, 1e-5 * scale)
