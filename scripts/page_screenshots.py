@@ -37,15 +37,12 @@ def main() -> None:
 
 
 def light(browser: Browser, url: str) -> Page:
-    """Recall from a long text, then a sum with its thoughts open."""
+    """Recall from a long text, and another question that finds it in the cache."""
     page = opened(browser, url, color_scheme="light", **DESKTOP)
     try_example(page, "Recall a fact")
-    page.fill("#message", "What is 47 + 38?")
+    page.fill("#message", "Tell me the secret code of the amber lantern.")
     page.keyboard.press("Enter")
     wait_for_answer(page, 2)
-    thinking = page.locator(".answer").last.locator(".thinking")
-    if thinking.is_visible():
-        thinking.locator("summary").click()
     page.locator("#message").focus()
     return page
 
@@ -63,9 +60,12 @@ def dark(browser: Browser, url: str) -> Page:
 
 
 def phone(browser: Browser, url: str) -> Page:
-    """Code, on a phone."""
+    """A sum with its thoughts open, on a phone."""
     page = opened(browser, url, color_scheme="dark", device_scale_factor=1.5, **PHONE)
-    try_example(page, "Complete Python")
+    try_example(page, "Do a sum")
+    thinking = page.locator(".answer").last.locator(".thinking")
+    if thinking.is_visible():
+        thinking.locator("summary").click()
     return page
 
 

@@ -42,6 +42,16 @@ def test_answer_has_its_figures(page):
     ]
 
 
+def test_answers_are_bounded_unless_the_reader_says_otherwise(page):
+    assert page.posted(lambda: page.ask("the cat"))["max_tokens"] == 2048
+    page.click("#toggle-settings")
+    page.fill("#max_tokens", "")
+    page.fill("#temperature", "2")
+    assert "max_tokens" not in page.posted(lambda: page.ask("the hat"))
+    page.click("#reset-sampling")
+    assert page.input_value("#max_tokens") == "2048"
+
+
 def test_second_turn_finds_the_first_in_the_cache(page):
     page.click("#toggle-settings")
     page.fill("#max_tokens", "4")

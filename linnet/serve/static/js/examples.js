@@ -56,13 +56,10 @@ export const EXAMPLES = [
     prompt: "What is 47 + 38?",
   },
   {
-    icon: "code",
-    title: "Complete Python",
-    about: "with the next lines",
-    prompt:
-      "Complete this Python code:\n\n" +
-      "class Stack:\n    def __init__(self):\n        self._items = []\n\n" +
-      "    def push(self, item):\n        self._items.append(item)\n",
+    icon: "chat",
+    title: "Ask what it is",
+    about: "and what it can do",
+    prompt: "What can you do?",
   },
 ];
 

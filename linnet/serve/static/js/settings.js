@@ -16,12 +16,18 @@ const PLACE = "linnet.settings";
 const KEY_PLACE = "linnet.api-key";
 export const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 
+/** A small model may never end by itself; empty, the context is the limit. */
+export const DEFAULT_SAMPLING = {
+  ...Object.fromEntries(SAMPLING.map((name) => [name, ""])),
+  max_tokens: "2048",
+};
+
 const DEFAULTS = {
   model: "",
   system: "",
   tools: "",
   thinking: null,
-  sampling: Object.fromEntries(SAMPLING.map((name) => [name, ""])),
+  sampling: DEFAULT_SAMPLING,
 };
 
 /** @returns {Settings} */

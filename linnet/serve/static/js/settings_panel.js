@@ -1,7 +1,7 @@
 // The panel of settings: sampling, system prompt, tools, API key.
 
 import { byId } from "./dom.js";
-import { loadApiKey, SAMPLING, saveApiKey, saveSettings } from "./settings.js";
+import { DEFAULT_SAMPLING, loadApiKey, SAMPLING, saveApiKey, saveSettings } from "./settings.js";
 import { EXAMPLE_TOOLS, parseTools, ToolsError, withTools } from "./tools.js";
 
 export class SettingsPanel {
@@ -67,7 +67,7 @@ export class SettingsPanel {
 
   #resetSampling() {
     for (const name of SAMPLING) {
-      byId(name).value = "";
+      byId(name).value = DEFAULT_SAMPLING[name];
       byId(name).dispatchEvent(new Event("input"));
     }
   }
