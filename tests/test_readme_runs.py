@@ -76,11 +76,17 @@ def test_command_succeeds(command, folder):
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number, folder, monkeypatch):
+def test_block_runs(number, folder, monkeypatch, capsys):
     block = BLOCKS[number]
     monkeypatch.chdir(folder)
-    if "base_url" not in block:
-        exec(compile(block, "README.md", "exec"), {})
+    if "base_url" in block:
+        with serving(["serve"], folder) as address:
+            exec(compile(block.replace("http://127.0.0.1:8000", address), "README.md", "exec"), {})
+        assert capsys.readouterr().out == "The code of the blue door is 7342.\n"
         return
-    with serving(["serve"], folder) as address:
-        exec(compile(block.replace("http://127.0.0.1:8000", address), "README.md", "exec"), {})
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    if "print(" in block:
+        assert capsys.readouterr().out.strip()
+    else:
+        assert names["o"].shape == (1, 1000, 8, 64) and names["state"].shape == (2, 8, 64, 64)

@@ -180,7 +180,7 @@ class GrammarCompiler:
         """Return a matcher at the start of the grammar; may be called from any thread.
 
         Raises:
-            GrammarError: the grammar is invalid, matches nothing, or takes more than two seconds or
+            GrammarError: the grammar is invalid, matches nothing, or takes more than a second or
                 2 GiB to compile.
         """
         with self._lock:

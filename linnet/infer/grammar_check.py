@@ -9,7 +9,7 @@ import sys
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-CPU_SECONDS = 2
+CPU_SECONDS = 1
 MEMORY_BYTES = 2 << 30
 
 

@@ -30,14 +30,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
     result = torch.empty(size * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
     # Renamed in PyTorch 2.13, where the old name warns.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = gather(result, x, group=group, async_op=True)
-
-    def finish() -> Tensor:
-        assert work is not None
-        work.wait()
-        return result
-
-    return Pending(finish)
+    return _arriving(result, gather(result, x, group=group, async_op=True))
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -45,14 +38,7 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     x = x.contiguous()
     result = torch.empty_like(x[:1])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work = scatter(result, x, group=group, async_op=True)
-
-    def finish() -> Tensor:
-        assert work is not None
-        work.wait()
-        return result
-
-    return Pending(finish)
+    return _arriving(result, scatter(result, x, group=group, async_op=True))
 
 
 def send(x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
@@ -76,15 +62,18 @@ def exchange(x: Tensor, target: int, source: int, group: dist.ProcessGroup) -> P
     size = dist.get_world_size(group)
     x = x.contiguous()
     result = torch.empty_like(x)
-    works = [
+    works = (
         dist.isend(x, group=group, group_dst=target % size),
         dist.irecv(result, group=group, group_src=source % size),
-    ]
+    )
+    return _arriving(result, *works)
 
+
+def _arriving(result: Tensor, *works: dist.Work | None) -> Pending:
     def finish() -> Tensor:
         for work in works:
-            if work is not None:
-                work.wait()
+            assert work is not None
+            work.wait()
         return result
 
     return Pending(finish)

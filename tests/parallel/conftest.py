@@ -1,7 +1,6 @@
 """Four gloo processes that are started once, and run functions of the tests on 1 to 4 ranks."""
 
 import io
-import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -49,7 +48,6 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     ends = [ours for ours, _ in pairs]
 
     def run(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-        pickle.dumps(function)
         for end in ends:
             end.send((function, size, args))
         answers = []
@@ -67,3 +65,16 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     for process in processes:
         process.join(20)
         process.kill()
+
+
+@pytest.fixture
+def assert_equal_parts() -> Callable[..., None]:
+    """Compare what each rank has, (its places, outputs and gradients), with that of the whole."""
+
+    def check(results: list[Any], expected: list[torch.Tensor], tolerance: float) -> None:
+        for own, parts in results:
+            for name, part, whole in zip(("o", "dq", "dk", "dv"), parts, expected, strict=True):
+                error = (part - whole[:, own]).abs().max().item()
+                assert error < tolerance, (name, error)
+
+    return check

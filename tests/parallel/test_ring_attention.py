@@ -47,30 +47,23 @@ def on_rank(group, offsets, mode, is_balanced, groups, dtype=torch.float64):
     return own, [o.detach(), *(x.grad for x in leaves)]
 
 
-def assert_equal_parts(results, expected, tolerance):
-    for own, parts in results:
-        for name, part, all_of_it in zip(("o", "dq", "dk", "dv"), parts, expected, strict=True):
-            error = (part - all_of_it[:, own]).abs().max().item()
-            assert error < tolerance, (name, error)
-
-
 @pytest.mark.parametrize("offsets", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("is_balanced", [False, True], ids=["contiguous", "balanced"])
 @pytest.mark.parametrize("mode", ["gather", "ring"])
-def test_parts_are_those_of_the_whole(ranks, offsets, size, is_balanced, mode):
+def test_parts_are_those_of_the_whole(ranks, assert_equal_parts, offsets, size, is_balanced, mode):
     results = ranks(on_rank, size, offsets, mode, is_balanced, 2)
     assert_equal_parts(results, whole(offsets, 2), 1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_shared_and_own_keys(ranks, groups):
+def test_shared_and_own_keys(ranks, assert_equal_parts, groups):
     offsets = [0, 7, 40]
     results = ranks(on_rank, 4, offsets, "ring", True, groups)
     assert_equal_parts(results, whole(offsets, groups), 1e-12)
 
 
-def test_fp32_stays_within_its_rounding(ranks):
+def test_fp32_stays_within_its_rounding(ranks, assert_equal_parts):
     offsets = [0, 100, 700, 1000]
     results = ranks(on_rank, 4, offsets, "ring", True, 2, torch.float32)
     expected = [x.float() for x in whole(offsets, 2)]
