@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from linnet import __version__
-from linnet.cli import ask, chat, convert, generate, info, serve, sft, train
+from linnet.cli import ask, chat, convert, generate, info, plan, serve, sft, train
 from linnet.errors import LinnetError
 
 __all__ = ["build_parser", "main"]
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"linnet {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb in (train, sft, generate, chat, ask, serve, info, convert):
+    for verb in (train, sft, generate, chat, ask, serve, info, plan, convert):
         verb.add_parser(verbs)
     for verb_parser in verbs.choices.values():
         # Also after the verb, where one adds it to a command that failed.

@@ -87,6 +87,11 @@ class LightningAttention(nn.Module):
         self.decay = self._slopes.to(self.decay.device)
         return self
 
+    def keep_heads(self, heads: slice) -> None:
+        """Keep the slopes of some heads alone."""
+        self._slopes = self._slopes[heads]
+        self.decay = self.decay[heads]
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix tokens; x [B, T, D] normed input of the layer -> [B, T or W, D]."""
         qkv = self.qkv_proj(x).unflatten(-1, (self.num_heads, 3 * self.head_dim))

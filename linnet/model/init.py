@@ -5,11 +5,13 @@ and key projections have gain 1. Embedding and LM head are normal with `initiali
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from linnet.model.attention import LightningAttention
+from linnet.model.config import ModelConfig
 from linnet.model.transformer import Block, Model
 
 
@@ -21,15 +23,45 @@ def initialize(model: Model, generator: torch.Generator | None = None) -> Model:
         model: on a real device.
         generator: source of randomness, on the model's device; torch's global one if None.
     """
-    config = model.config
-    gain = (8 * config.num_hidden_layers) ** -0.25 if config.postnorm else 1.0
-    std = config.initializer_range
+    std = model.config.initializer_range
     model.embed_tokens.weight.normal_(0, std, generator=generator)
     model.lm_head.weight.normal_(0, std, generator=generator)
     model.norm.weight.fill_(1)
     for block in model.layers:
-        _initialize_block(block, gain, generator)
+        _initialize_block(block, _gain(model.config), generator)
     return model
+
+
+@torch.no_grad()
+def initial_parts(
+    config: ModelConfig, generator: torch.Generator
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield what `initialize` would fill a model with, without holding more than a block of it.
+
+    Args:
+        config: of the model.
+        generator: on the CPU.
+
+    Yields:
+        The prefix of the names, "" or "layers.0." and so on, and the fp32 tensors by their names.
+    """
+    shape, std = (config.vocab_size, config.hidden_size), config.initializer_range
+    yield (
+        "",
+        {
+            "embed_tokens.weight": torch.empty(shape).normal_(0, std, generator=generator),
+            "lm_head.weight": torch.empty(shape).normal_(0, std, generator=generator),
+            "norm.weight": torch.ones(config.hidden_size),
+        },
+    )
+    for layer in range(config.num_hidden_layers):
+        block = Block(config, layer)
+        _initialize_block(block, _gain(config), generator)
+        yield f"layers.{layer}.", {name: p.detach() for name, p in block.named_parameters()}
+
+
+def _gain(config: ModelConfig) -> float:
+    return (8 * config.num_hidden_layers) ** -0.25 if config.postnorm else 1.0
 
 
 def _initialize_block(block: Block, gain: float, generator: torch.Generator | None) -> None:

@@ -1,8 +1,10 @@
 """The mixture-of-experts sublayer (MiniMax-01, section 2.1), with the optional shared expert.
 
-`dispatch` moves tokens to the experts and back; `linnet.parallel` replaces it from outside.
+`dispatch` moves tokens to the experts and back, and `admit` drops what is over their capacity;
+`linnet.parallel` replaces both from outside.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,13 @@ def dispatch_locally(x: Tensor, routing: Routing, experts: "Experts") -> Tensor:
     return ops.routed_ffn(x, routing, experts.gate_up, experts.down)
 
 
+def admit_alone(routing: Routing, capacity_factor: float) -> Routing:
+    """Drop the slots over the capacity of these tokens."""
+    (num_tokens, top_k), num_experts = routing.experts.shape, routing.probabilities.shape[1]
+    capacity = ops.expert_capacity(num_tokens, num_experts, top_k, capacity_factor)
+    return ops.admit(routing, capacity)
+
+
 class Experts(nn.Module):
     """The weights of all experts: `gate_up` [E, 2F, D] stacks w1 and w3, `down` [E, D, F] is w2."""
 
@@ -52,6 +61,14 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(num, hidden, width))
 
+    def forward(self, x: Tensor, routing: Routing, dispatch: "Dispatch") -> Tensor:
+        """Apply the routed experts to tokens [T, D]: within a call the weights are there."""
+        return dispatch(x, routing, self)
+
+
+Dispatch = Callable[[Tensor, Routing, Experts], Tensor]
+"""The signature of `dispatch_locally`."""
+
 
 class MixtureOfExperts(nn.Module):
     """Router and experts. The router runs in fp32 and, with a capacity, drops slots in training."""
@@ -59,25 +76,21 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_local_experts
         self.capacity_factor = config.capacity_factor
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = Experts(config)
-        self.dispatch = dispatch_locally
+        self.dispatch: Dispatch = dispatch_locally
+        self.admit = admit_alone
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
         """Map x [B, T, D] to [B, T, D]; statistics are gathered in training mode only."""
         tokens = x.flatten(0, -2)
         logits = ops.router_logits(tokens, self.gate.weight)
-        routing = ops.route(logits, self.top_k, self._capacity(len(tokens)))
-        y = self.dispatch(tokens, routing, self.experts)
+        routing = ops.route(logits, self.top_k)
+        if self.capacity_factor is not None and self.training:  # inference never drops a token
+            routing = self.admit(routing, self.capacity_factor)
+        y = self.experts(tokens, routing, self.dispatch)
         return y.view_as(x), RouterStats.of(routing) if self.training else None
-
-    def _capacity(self, num_tokens: int) -> int | None:
-        """Return the capacity in training; inference never drops a token."""
-        if self.capacity_factor is None or not self.training:
-            return None
-        return ops.expert_capacity(num_tokens, self.num_experts, self.top_k, self.capacity_factor)
 
 
 class SharedExpert(nn.Module):

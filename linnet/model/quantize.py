@@ -89,7 +89,11 @@ class Int8Experts(_Int8):
         self._add("gate_up", experts.gate_up)
         self._add("down", experts.down)
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, dispatch: Callable[..., Tensor]) -> Tensor:
+        """Apply the routed experts to tokens [T, D]."""
+        return dispatch(x, routing, self)
+
+    def apply_one(self, x: Tensor, expert: int) -> Tensor:
         """Apply one expert to rows [R, D] -> [R, D]."""
         self._refuse_gradients(x)
         hidden = _product(x, self.gate_up[expert], self.gate_up_scale[expert])
@@ -103,7 +107,7 @@ def dispatch_int8(x: Tensor, routing: Routing, experts: Int8Experts) -> Tensor:
     for expert in routing.experts.unique().tolist():
         tokens, choices = torch.where(routing.experts == expert)
         weights = routing.weights[tokens, choices, None]
-        y.index_add_(0, tokens, experts(x[tokens], expert) * weights)
+        y.index_add_(0, tokens, experts.apply_one(x[tokens], expert) * weights)
     return y.to(x.dtype)
 
 

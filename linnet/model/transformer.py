@@ -185,6 +185,27 @@ class Model(nn.Module):
         return self._run_layers(tokens, rows, rows.cu_seqlens, rows.wanted)[0]
 
     @torch.no_grad()
+    def continue_part(
+        self, tokens: Tensor, part: slice, memory: Memory, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Continue a memory by some of its new tokens, while others run elsewhere.
+
+        Args:
+            tokens: [B, T] int64, all new tokens: what is refused is refused everywhere.
+            part: which of them run here.
+            memory: gives their positions.
+            wanted: [W] indices within the part of the tokens whose outputs are read; None for all.
+
+        Returns:
+            The normed hidden states [B, T_r or W, D] that the LM head reads.
+
+        Raises:
+            ValueError: tokens that are not int64, or ids outside the vocabulary.
+        """
+        self._check(tokens, None, None)
+        return self._run_layers(tokens[:, part], memory, None, wanted)[0]
+
+    @torch.no_grad()
     def _continue(self, tokens: Tensor, cache: Cache, num_wanted: int | None) -> Tensor:
         before, length = cache.snapshot(), tokens.shape[1]
         wanted = None
@@ -207,18 +228,35 @@ class Model(nn.Module):
         wanted: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
-        x = self.embed_tokens(tokens).to(self.compute_dtype)
         if cache is not None:
             positions = cache.positions(tokens.shape[1], tokens.device)
         elif positions is None:
             positions = _positions(tokens, cu_seqlens)
+        context = self.context(positions, cu_seqlens, cache)
+        x, stats = self.run_blocks(self.embed(tokens), context, wanted)
+        return self.norm(x), stats
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return what the first block reads, [B, T, D], of ids [B, T]."""
+        return self.embed_tokens(tokens).to(self.compute_dtype)
+
+    def context(
+        self, positions: Tensor, cu_seqlens: Tensor | None, cache: Memory | None = None
+    ) -> Context:
+        """Return what the blocks share, for tokens at positions [1, T] of their documents."""
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         # A checkpointed block keeps nothing in any case.
         again = torch.is_grad_enabled() and not (self.activation_recompute and self.training)
-        context = Context(rotary, cache, cu_seqlens, again)
+        return Context(rotary, cache, cu_seqlens, again)
+
+    def run_blocks(
+        self, x: Tensor, context: Context, wanted: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Pass [B, T, D] through the blocks; the last one returns the `wanted` tokens alone."""
         all_stats = []
-        for layer in self.layers:
-            if layer is self.layers[-1]:
+        blocks = list(self.layers)
+        for layer in blocks:
+            if layer is blocks[-1]:
                 # Of a token that nobody reads, the last layer leaves its keys, values and state:
                 # in a prompt, no attention of that layer and none of its experts.
                 context = context._replace(wanted=wanted)
@@ -228,7 +266,7 @@ class Model(nn.Module):
                 x, stats = layer(x, context)
             if stats is not None:
                 all_stats.append(stats)
-        return self.norm(x), all_stats
+        return x, all_stats
 
     def new_cache(self, batch_size: int = 1) -> Cache:
         """Return an empty cache for `batch_size` sequences that advance together."""

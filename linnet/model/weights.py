@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from linnet.config import nearest
 from linnet.errors import CheckpointError, ConfigError
@@ -87,7 +87,7 @@ def _load(
             logger.info("preset %r has no trained weights: random ones, seed %d", source, seed)
             initialize(model, torch.Generator(model.device).manual_seed(seed))
         return model.eval()
-    shards = _Shards(folder)
+    shards = Shards(folder)
     target = shards.dtype() if dtype == "auto" else resolve_dtype(dtype)
     # Names and shapes first: a config that asks for more than there is must not allocate it.
     layout = shards.match(build_model(config, target, "meta"))
@@ -162,7 +162,7 @@ def read_weights(model: Model, folder: Path) -> None:
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite, or a file is damaged.
     """
-    shards = _Shards(folder)
+    shards = Shards(folder)
     shards.copy_into(model, shards.match(model))
 
 
@@ -179,7 +179,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return names[name]
 
 
-class _Shards:
+class Shards:
     """The tensors of a checkpoint folder, found by header and read one at a time."""
 
     def __init__(self, folder: Path) -> None:
@@ -219,19 +219,27 @@ class _Shards:
         """Fill the parameters that the layout names."""
         parameters = dict(model.named_parameters())
         for entry in layout:
-            part = parameters[entry.parameter][entry.index or ...]
-            try:
-                part.copy_(self._handle(self.file_of[entry.name]).get_tensor(entry.name))
-            except SafetensorError as error:
-                file = self.folder / self.file_of[entry.name]
-                raise CheckpointError(f"{file}: cannot read {entry.name}: {error}") from None
-            # After the cast: a value may be finite on disk and too large for `part`.
-            if not (is_finite := part.isfinite()).all():
-                count = part.numel() - int(is_finite.sum())
-                raise CheckpointError(
-                    f"{self.folder}: {entry.name} has {count} values that are NaN or inf "
-                    f"as {str(part.dtype).removeprefix('torch.')}"
-                )
+            self.read(entry, parameters[entry.parameter][entry.index or ...])
+
+    def read(self, entry: Entry, into: Tensor, ranges: tuple[slice, ...] = ()) -> None:
+        """Copy a tensor, or a range of it, into one of that shape.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds values that are not finite.
+        """
+        try:
+            handle = self._handle(self.file_of[entry.name])
+            into.copy_(handle.get_slice(entry.name)[ranges or ...])
+        except SafetensorError as error:
+            file = self.folder / self.file_of[entry.name]
+            raise CheckpointError(f"{file}: cannot read {entry.name}: {error}") from None
+        # After the cast: a value may be finite on disk and too large for `into`.
+        if not (is_finite := into.isfinite()).all():
+            count = into.numel() - int(is_finite.sum())
+            raise CheckpointError(
+                f"{self.folder}: {entry.name} has {count} values that are NaN or inf "
+                f"as {str(into.dtype).removeprefix('torch.')}"
+            )
 
     def _files(self) -> list[str]:
         index = self.folder / INDEX_NAME

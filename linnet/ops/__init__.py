@@ -10,7 +10,9 @@ from linnet.ops.cross_entropy import cross_entropy, lm_head
 from linnet.ops.lightning_attention import lightning_attention
 from linnet.ops.matmul import linear, router_logits
 from linnet.ops.moe import (
+    admit,
     combine_rows,
+    count_choices,
     expert_capacity,
     expert_means,
     few_tokens_ffn,
@@ -27,9 +29,11 @@ from linnet.ops.routed import routed_ffn
 from linnet.ops.softmax_attention import continue_softmax_attention, softmax_attention
 
 __all__ = [
+    "admit",
     "apply_rotary",
     "combine_rows",
     "continue_softmax_attention",
+    "count_choices",
     "cross_entropy",
     "expert_capacity",
     "expert_means",

@@ -68,14 +68,38 @@ def route(logits: Tensor, top_k: int, capacity: int | None = None) -> Routing:
     probabilities = wide(logits).softmax(-1)
     top, experts = probabilities.topk(top_k, -1)
     weights = top / top.sum(-1, keepdim=True)
-    kept = None
-    if capacity is not None:
-        # First choices first.
-        by_choice = F.one_hot(experts.T.reshape(-1), logits.shape[-1])  # [k * T, E]
-        place = (by_choice.cumsum(0) * by_choice).sum(-1).view(top_k, -1).T  # [T, k], from 1
-        kept = place <= capacity
-        weights = weights * kept
-    return Routing(experts, weights, probabilities, kept)
+    routing = Routing(experts, weights, probabilities, None)
+    return routing if capacity is None else admit(routing, capacity)
+
+
+def count_choices(routing: Routing) -> Tensor:
+    """Return [k, E] int64: how many tokens have each expert as first, second, ... choice."""
+    num_experts = routing.probabilities.shape[1]
+    flat = (
+        routing.experts
+        + torch.arange(routing.experts.shape[1], device=routing.experts.device)[None] * num_experts
+    )
+    counts = torch.bincount(flat.reshape(-1), minlength=flat.shape[1] * num_experts)
+    return counts.view(-1, num_experts)
+
+
+def admit(routing: Routing, capacity: int, served_before: Tensor | None = None) -> Routing:
+    """Drop the slots over an expert's capacity; their weights become 0.
+
+    Args:
+        routing: dropless.
+        capacity: most slots an expert takes.
+        served_before: [k, E] int64, for each choice and expert, the slots that come before the
+            first of these tokens; None: those of the earlier choices, and no other tokens.
+    """
+    if served_before is None:
+        counts = count_choices(routing)
+        served_before = counts.cumsum(0) - counts
+    hits = F.one_hot(routing.experts.T, routing.probabilities.shape[1])  # [k, T, E]
+    places = hits.cumsum(1) + served_before[:, None]  # from 1
+    place = (places * hits).sum(-1).T  # [T, k]
+    kept = place <= capacity
+    return routing._replace(weights=routing.weights * kept, kept=kept)
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:

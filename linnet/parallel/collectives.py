@@ -41,6 +41,34 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return _arriving(result, scatter(result, x, group=group, async_op=True))
 
 
+def all_to_all(
+    x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Pending:
+    """Begin to send rows to each rank of a group, and to receive rows from each.
+
+    Args:
+        x: [sum(sent), ...] rows, those for the first rank first.
+        sent: rows for each rank.
+        received: rows from each rank.
+        group: of all.
+
+    Returns:
+        `wait()` gives [sum(received), ...].
+    """
+    x = x.contiguous()
+    result = x.new_empty(sum(received), *x.shape[1:])
+    return _arriving(
+        result, dist.all_to_all_single(result, x, received, sent, group=group, async_op=True)
+    )
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group, the same bits on all."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
 def send(x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
     """Send a tensor to a rank of the group, and wait until it may be overwritten."""
     dist.send(x.contiguous(), group=group, group_dst=rank)

@@ -9,18 +9,27 @@ What the earlier tokens add is one product per token of a document that came fro
 Documents may cross ranks in every way: a state is carried on only within its document.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet import ops
 from linnet.ops.lightning_attention import Activation, Backend
-from linnet.parallel.collectives import Pending
+from linnet.ops.lightning_attention.operator import backward_op, forward
+from linnet.ops.matmul import wide, wide_dtype
 from linnet.parallel.exchange import StateExchange
 from linnet.parallel.split import Piece, SequenceSplit, split_row
+
+BLOCK_ELEMENTS = 2**16
+"""Elements of keys that are widened and weighted at a time on a CPU: what its cache holds."""
+
+_Block = tuple[slice, slice, Tensor]
+"""Tokens, heads and the weights [n, H, 1] of the tokens for these heads."""
 
 
 class LightningAcrossRanks:
@@ -55,11 +64,12 @@ class LightningAcrossRanks:
             initial_state: must be None.
             cu_seqlens: offsets of the documents in the whole row, the same on all ranks.
             return_state: must be False.
-            backend: of the part within the rank.
+            backend: "native", "triton" or "chunked" for the part within the rank.
             activation: "silu" to apply it to q, k and v.
 
         Raises:
-            ValueError: no offsets, a state, or tokens that are not this rank's share.
+            ValueError: no offsets, a state, tokens that are not this rank's share, or another
+                backend or activation.
         """
         if cu_seqlens is None or initial_state is not None or return_state:
             raise ValueError(
@@ -74,28 +84,83 @@ class LightningAcrossRanks:
                 f"rank {group.rank} of {group.size} holds {sum(lengths)} of {split.num_tokens} "
                 f"tokens; got {q.shape[1]}"
             )
-        if activation == "silu":
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        pieces = split.own(group.rank)
-        moving = _Moving(self.exchange, decay, split)
-        states = torch.stack(
-            [
-                piece_state(own_k, own_v, decay, piece)
-                for own_k, own_v, piece in zip(
-                    k[0].split(lengths), v[0].split(lengths), pieces, strict=True
-                )
-            ]
-        )
-        sent = _Send.apply(states, moving)
-        offsets = split.local_offsets(group.rank).to(q.device)
-        o, _ = ops.lightning_attention(
-            q, k, v, decay, cu_seqlens=offsets, return_state=False, backend=backend
-        )
-        entering = _Receive.apply(sent, moving)
-        return o + _from_before(q[0], entering, decay, pieces, o.dtype)[None], None
+        if backend in ("recurrent", "reference") or activation not in (None, "silu"):
+            raise ValueError(f"no backend {backend!r} with activation {activation!r} across ranks")
+        row = _Row(self.exchange, split, backend or "auto", activation == "silu")
+        return _Attend.apply(q, k, v, decay.to(wide_dtype(q.dtype)), row), None
 
 
-def piece_state(k: Tensor, v: Tensor, decay: Tensor, piece: Piece) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What forward and backward of one call share."""
+
+    exchange: StateExchange
+    split: SequenceSplit
+    backend: str
+    silu: bool
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return self.split.own(self.exchange.rank)
+
+    def by_piece(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield views [n, H, .] of each piece's tokens in [1, T_r, H, .]."""
+        lengths = [len(piece) for piece in self.pieces]
+        return zip(*(x[0].split(lengths) for x in tensors), strict=True)
+
+
+class _Attend(torch.autograd.Function):
+    """Both directions start the exchange, do the part within the rank meanwhile, add what came."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, row: _Row) -> Tensor:
+        states = [
+            piece_state(own_k, own_v, decay, piece, row.silu)
+            for (own_k, own_v), piece in zip(row.by_piece(k, v), row.pieces, strict=True)
+        ]
+        moving = row.exchange.start(torch.stack(states), decay, row.split, reverse=False)
+        offsets = row.split.local_offsets(row.exchange.rank).to(q.device)
+        o, _ = forward(q, k, v, decay, None, offsets, row.backend, row.silu)
+        entering = moving.wait()
+        parts = zip(row.by_piece(o, q), entering, row.pieces, strict=True)
+        for (own_o, own_q), state, piece in parts:
+            seen = slice(piece.num_continued)
+            _add_from_before(own_o[seen], own_q[seen], state, decay, row.silu)
+        ctx.row = row
+        ctx.save_for_backward(q, k, v, decay, offsets, entering)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, decay, offsets, entering = ctx.saved_tensors
+        row: _Row = ctx.row
+        states = []
+        for (own_q, grad), piece in zip(row.by_piece(q, grads[0]), row.pieces, strict=True):
+            seen = slice(piece.num_continued)
+            fading = _fading(own_q[seen], decay, backwards=False)
+            states.append(_sum_of_products(own_q[seen], grad[seen], fading, (row.silu, False)))
+        moving = row.exchange.start(torch.stack(states), decay, row.split, reverse=True)
+        # With the states that came in known, the operator itself gives the whole gradient of q.
+        initial = entering.new_zeros(len(offsets) - 1, *entering.shape[1:])
+        initial[_first_documents(row, offsets)] = entering
+        dq, dk, dv, _ = backward_op(
+            grads[0], None, q, k, v, decay, initial, offsets, row.backend, row.silu
+        )
+        parts = zip(row.by_piece(dk, dv, k, v), moving.wait(), row.pieces, strict=True)
+        for own, grad, piece in parts:
+            own_dk, own_dv, own_k, own_v = (x[piece.last_start - piece.start :] for x in own)
+            _add_through_state(own_dk, own_dv, own_k, own_v, grad, decay, row.silu)
+        return dq, dk, dv, None, None
+
+
+def _first_documents(row: _Row, offsets: Tensor) -> list[int]:
+    """Return which local document each piece begins with."""
+    starts = offsets.tolist()
+    bases = itertools.accumulate(map(len, row.pieces[:-1]), initial=0)
+    return [starts.index(base) for base in bases]
+
+
+def piece_state(k: Tensor, v: Tensor, decay: Tensor, piece: Piece, silu: bool = False) -> Tensor:
     """Return the state [H, K, V] fp32 (fp64 for fp64) that the last document of a piece leaves.
 
     Args:
@@ -103,74 +168,80 @@ def piece_state(k: Tensor, v: Tensor, decay: Tensor, piece: Piece) -> Tensor:
         v: [n, H, V] values.
         decay: [H] slopes.
         piece: where it lies.
+        silu: whether to apply SiLU to k and v first.
     """
-    wide = torch.promote_types(k.dtype, torch.float32)
     own = slice(piece.last_start - piece.start, None)
-    k, v = k[own].to(wide), v[own].to(wide)
-    ages = torch.arange(len(k) - 1, -1, -1, device=k.device, dtype=wide)
-    weights = torch.exp(-ages[:, None] * decay.to(wide))  # [n, H]
-    return torch.einsum("nhk,nhv->hkv", k * weights[..., None], v)
+    k, v = k[own], v[own]
+    fading = _fading(k, decay.to(wide_dtype(k.dtype)), backwards=True)
+    return _sum_of_products(k, v, fading, (silu, silu))
 
 
-def _from_before(
-    q: Tensor, entering: Tensor, decay: Tensor, pieces: Sequence[Piece], dtype: torch.dtype
+def _sum_of_products(
+    a: Tensor, b: Tensor, fading: Iterator[_Block], silu: tuple[bool, bool]
 ) -> Tensor:
-    """Return [T_r, H, V]: what the states that enter each piece add to its tokens."""
-    parts = []
-    wide = entering.dtype
-    for own_q, state, piece in zip(q.split(list(map(len, pieces))), entering, pieces, strict=True):
-        num_seen = piece.first_stop - piece.start
-        ages = torch.arange(1, num_seen + 1, device=q.device, dtype=wide)
-        weights = torch.exp(-ages[:, None] * decay.to(wide))
-        seen = own_q[:num_seen].to(wide) * weights[..., None]
-        parts.append(torch.einsum("nhk,hkv->nhv", seen, state).to(dtype))
-        parts.append(own_q.new_zeros(len(piece) - num_seen, *parts[-1].shape[1:], dtype=dtype))
-    return torch.cat(parts)
+    """Return sum over tokens of their weights times a [n, H, K] b [n, H, V], as [H, K, V]."""
+    total = a.new_zeros(*a.shape[1:], b.shape[2], dtype=wide_dtype(a.dtype))
+    for *block, weights in fading:
+        left = _active(a[*block], silu[0]).mul_(weights).permute(1, 2, 0)  # [H, K, n]
+        right = _active(b[*block], silu[1]).transpose(0, 1)  # [H, n, V]
+        total[block[1]].baddbmm_(left, right)
+    return total
 
 
-class _Moving:
-    """One exchange of states, and later the one of their gradients."""
-
-    def __init__(self, exchange: StateExchange, decay: Tensor, split: SequenceSplit) -> None:
-        self._exchange, self._decay, self._split = exchange, decay, split
-        self._pending: Pending | None = None
-
-    def start(self, states: Tensor, reverse: bool) -> None:
-        self._pending = self._exchange.start(states, self._decay, self._split, reverse)
-
-    def wait(self) -> Tensor:
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
-        return pending.wait()
+def _add_from_before(o: Tensor, q: Tensor, state: Tensor, decay: Tensor, silu: bool) -> None:
+    """Add to o [n, H, V] what the state gives that enters before the first of these tokens."""
+    for *block, weights in _fading(q, decay, backwards=False):
+        queries = _active(q[*block], silu).mul_(weights).transpose(0, 1)  # [H, n, K]
+        o[*block] += torch.bmm(queries, state[block[1]]).transpose(0, 1)
 
 
-class _Send(torch.autograd.Function):
-    """Starts the exchange; `_Receive` ends it, and what lies between runs meanwhile.
+def _add_through_state(
+    dk: Tensor, dv: Tensor, k: Tensor, v: Tensor, grad: Tensor, decay: Tensor, silu: bool
+) -> None:
+    """Add to dk [n, H, K] and dv [n, H, V] what comes from the state after the last token."""
+    for *block, weights in _fading(k, decay, backwards=True):
+        own_grad = grad[block[1]]
+        keys, values = (_active(x[*block], silu).mul_(weights).transpose(0, 1) for x in (k, v))
+        through_k = torch.bmm(values, own_grad.mT).transpose(0, 1)
+        through_v = torch.bmm(keys, own_grad).transpose(0, 1)
+        for total, part, x in ((dk, through_k, k), (dv, through_v, v)):
+            if silu:
+                part = torch.ops.aten.silu_backward(part, wide(x[*block]))
+            total[*block] += part
 
-    In the backward pass the two change places: autograd runs the later one first, then the part
-    within the rank, then this one.
+
+def _active(x: Tensor, silu: bool) -> Tensor:
+    """Return a copy of x in fp32 (fp64 for fp64), after SiLU if there is one."""
+    copy = x.to(wide_dtype(x.dtype), copy=True)
+    return F.silu(copy, inplace=True) if silu else copy
+
+
+def _fading(x: Tensor, decay: Tensor, backwards: bool) -> Iterator[_Block]:
+    """Yield what a state, at the start of tokens or after them, has to do with each of them.
+
+    Args:
+        x: [n, H, K] of the tokens.
+        decay: [H] slopes, fp32 (fp64 for fp64).
+        backwards: whether the state is the one after the last token, and not before the first.
+
+    Yields:
+        Tokens, heads and weights exp(-s i) [n', H', 1]. On a CPU in blocks that its cache holds,
+        without the heads whose state has faded away.
     """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, moving: _Moving) -> Tensor:
-        ctx.moving = moving
-        moving.start(states.detach(), reverse=False)
-        return states.new_empty(states.shape).zero_()
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.moving.wait(), None
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, moving: _Moving) -> Tensor:
-        ctx.moving = moving
-        del sent  # it only says that this comes later
-        return moving.wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        ctx.moving.start(grad, reverse=True)
-        return torch.zeros_like(grad), None
+    (length, num_heads), size = x.shape[:2], len(x)
+    slopes, least = [0.0] * num_heads, torch.finfo(decay.dtype).tiny ** 0.75
+    if x.device.type == "cpu":
+        slopes, size = decay.tolist(), max(1, BLOCK_ELEMENTS // x.shape[1:].numel())
+    for near in range(0, length, size):
+        far = min(near + size, length)
+        heads = [head for head, slope in enumerate(slopes) if slope * near < -math.log(least)]
+        if not heads:
+            return
+        span = slice(heads[0], heads[-1] + 1)
+        ages = torch.arange(near, far, device=decay.device, dtype=decay.dtype)[:, None, None]
+        ages, tokens = ages + 1, slice(near, far)
+        if backwards:
+            ages, tokens = (ages - 1).flip(0), slice(length - far, length - near)
+        weights = torch.exp(-ages * decay[span, None])
+        # Products with subnormal numbers take a CPU a hundred times as long: 0 well above them.
+        yield tokens, span, F.threshold(weights, least, 0.0)

@@ -30,6 +30,11 @@ class Piece:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def num_continued(self) -> int:
+        """Tokens at the start of the piece whose document begins before it."""
+        return self.first_stop - self.start if self.first_document < self.start else 0
+
 
 @dataclass(frozen=True)
 class SequenceSplit:

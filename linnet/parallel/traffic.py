@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,7 +12,8 @@ class Traffic(TorchDispatchMode):
     """Counts collectives and messages while it is entered.
 
     Attributes:
-        calls: number of each kind: all_gather, reduce_scatter, all_reduce, send, receive.
+        calls: number of each kind: all_gather, reduce_scatter, all_reduce,
+            all_to_all, send, receive.
         received: bytes that this rank received by each; of a reduction those that a ring brings.
     """
 
@@ -38,6 +40,10 @@ class Traffic(TorchDispatchMode):
             self._add("all_gather", args[0].nbytes - args[1].nbytes)
         elif kind == "_reduce_scatter_base_":
             self._add("reduce_scatter", args[1].nbytes - args[0].nbytes)
+        elif kind == "alltoall_base_":
+            rank = dist.ProcessGroup.unbox(args[2]).rank()
+            kept = args[3][rank] * args[0][:1].nbytes if len(args[0]) else 0
+            self._add("all_to_all", args[0].nbytes - kept)
         elif kind == "allreduce_":
             size = args[1].size()
             self._add("all_reduce", 2 * _nbytes(args[0]) * (size - 1) // size)

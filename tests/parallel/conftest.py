@@ -1,6 +1,11 @@
-"""Four gloo processes that are started once, and run functions of the tests on 1 to 4 ranks."""
+"""Gloo worlds of 1 to 4 processes that run functions of the tests, each started once, when needed.
 
+A world stays: PyTorch remembers meshes by their ranks, with the groups of the first.
+"""
+
+import faulthandler
 import io
+import multiprocessing as mp
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -9,62 +14,81 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-MOST = 4
-TIMEOUT_S = 40
+TIMEOUT_S = 60
 
 
-def _work(rank: int, port: int, connection: Connection) -> None:
+def _work(rank: int, size: int, port: int, connection: Connection) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, MOST, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=MOST)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while (task := connection.recv()) is not None:
-        function, size, args = task
+        function, args = task
+        faulthandler.dump_traceback_later(TIMEOUT_S - 5)
         try:
-            answer = (function(groups[size], *args), None) if rank < size else (None, None)
+            answer = (function(dist.group.WORLD, *args), None)
         except Exception:
             answer = (None, traceback.format_exc())
         buffer = io.BytesIO()
         torch.save(answer, buffer)
         connection.send_bytes(buffer.getvalue())
+        faulthandler.cancel_dump_traceback_later()
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Return `run(function, size, *args)`: what `function(group, *args)` returns on each rank."""
-    context = mp.get_context("spawn")
-    store = dist.TCPStore("127.0.0.1", 0, MOST, is_master=True, wait_for_workers=False)
-    pairs = [context.Pipe() for _ in range(MOST)]
-    processes = [
-        context.Process(target=_work, args=(rank, store.port, theirs), daemon=True)
-        for rank, (_, theirs) in enumerate(pairs)
-    ]
-    for process in processes:
-        process.start()
-    ends = [ours for ours, _ in pairs]
+class _World:
+    def __init__(self, size: int) -> None:
+        # Forked from a process that has imported torch already.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "linnet.parallel"])
+        self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        pairs = [context.Pipe() for _ in range(size)]
+        self._ends = [ours for ours, _ in pairs]
+        self._processes = [
+            context.Process(target=_work, args=(rank, size, self._store.port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self._processes:
+            process.start()
 
-    def run(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-        for end in ends:
-            end.send((function, size, args))
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for end in self._ends:
+            end.send((function, args))
         answers = []
-        for rank, end in enumerate(ends):
+        for rank, end in enumerate(self._ends):
             if not end.poll(TIMEOUT_S):
                 raise TimeoutError(f"rank {rank} gave no answer in {TIMEOUT_S} s")
             answers.append(torch.load(io.BytesIO(end.recv_bytes()), weights_only=False))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
         assert not errors, "\n".join(errors)
-        return [result for result, _ in answers[:size]]
+        return [result for result, _ in answers]
+
+    def end(self) -> None:
+        for end in self._ends:
+            end.send(None)
+        for process in self._processes:
+            process.join(20)
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Return `run(function, size, *args)`: what `function(group, *args)` returns on each rank."""
+    worlds: dict[int, _World] = {}
+
+    def run(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+        if size not in worlds:
+            worlds[size] = _World(size)
+        try:
+            return worlds[size].run(function, args)
+        except TimeoutError:
+            worlds.pop(size).end()
+            raise
 
     yield run
-    for end in ends:
-        end.send(None)
-    for process in processes:
-        process.join(20)
-        process.kill()
+    for world in worlds.values():
+        world.end()
 
 
 @pytest.fixture
