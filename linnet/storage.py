@@ -53,9 +53,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        for path in sorted(staging.rglob("*")):
-            _sync(path)
-        _move_into_place(staging, target)
+        publish_folder(staging, target)
     except (OSError, CheckpointError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CheckpointError(
@@ -63,6 +61,21 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Bring a filled folder to the disk and give it its name, in one step where the system can.
+
+    Args:
+        staging: beside `target`.
+        target: replaced if it is there.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for path in sorted(staging.rglob("*")):
+        _sync(path)
+    _move_into_place(staging, target)
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

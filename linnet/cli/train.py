@@ -71,15 +71,14 @@ def _samples(trainer: "Trainer", count: int) -> list[dict[str, str]]:
     """Let the model continue held-out prompts."""
     from linnet.infer import generate
 
-    tokenizer = trainer.model.tokenizer
-    assert tokenizer is not None
-    trainer.model.eval()
+    tokenizer = trainer.material.tokenizer
+    model = trainer.workers.finished_model(trainer.folder / "model").eval()
     return [
         {
             "name": sample.name,
             "prompt": tokenizer.decode(sample.prompt),
             "completion": generate(
-                trainer.model,
+                model,
                 sample.prompt,
                 max_tokens=len(sample.truth),
                 temperature=0.5,

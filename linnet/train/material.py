@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from linnet.data import PackedBatch
+from linnet.text import Tokenizer
 
 
 class BatchStream(Protocol):
@@ -21,6 +22,25 @@ class BatchStream(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         ...
+
+
+class EveryNth:
+    """Every n-th batch of a stream: each of n readers gets its own, whatever n is."""
+
+    def __init__(self, stream: BatchStream, place: int, size: int) -> None:
+        self._stream, self._place, self._size = stream, place, size
+
+    def __next__(self) -> PackedBatch:
+        batches = [next(self._stream) for _ in range(self._size)]
+        return batches[self._place]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the whole stream is."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, by any number of readers."""
+        self._stream.load_state_dict(state)
 
 
 class HeldOut(Protocol):
@@ -61,6 +81,7 @@ class Material:
     """What one run trains on and measures with.
 
     Attributes:
+        tokenizer: of the ids.
         stream: training batches.
         held_out: for the measurements while training.
         final_held_out: for the last one.
@@ -68,6 +89,7 @@ class Material:
         samples: gives held-out prompts, at most as many as it is told.
     """
 
+    tokenizer: Tokenizer
     stream: BatchStream
     held_out: HeldOut
     final_held_out: HeldOut

@@ -1,15 +1,17 @@
 """AdamW over fp32 master weights (MiniMax-01, section 4.2: betas 0.9 and 0.95, decay 0.1)."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linnet.model.transformer import Model
 from linnet.train.recipe import OptimSection
 
 
-def build_optimizer(model: Model, config: OptimSection) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimSection) -> torch.optim.AdamW:
     """Return AdamW with decay on matrices and none on norms."""
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

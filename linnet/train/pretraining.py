@@ -1,9 +1,7 @@
-"""The material of `linnet train`: a new model, and documents of which every token is learned."""
+"""The material of `linnet train`: documents of which every token is learned."""
 
 import json
 from pathlib import Path
-
-import torch
 
 from linnet.data import (
     HeldOutSet,
@@ -15,8 +13,6 @@ from linnet.data import (
     tokenize_source,
 )
 from linnet.errors import ConfigError
-from linnet.model.init import initialize
-from linnet.model.transformer import Model
 from linnet.storage import write_atomic
 from linnet.text import Tokenizer
 from linnet.train.material import Material, Sample
@@ -26,19 +22,25 @@ PROMPT_TOKENS = 128
 COMPLETION_TOKENS = 96
 
 
-def prepare_documents(recipe: Recipe, model: Model, show_progress: bool = False) -> Material:
-    """Fill a model with new weights, give it a tokenizer, and open the documents of a recipe.
+def prepare_documents(
+    recipe: Recipe, show_progress: bool = False, row: int = 0, num_rows: int = 1
+) -> Material:
+    """Open the documents of a recipe, tokenized; the tokenizer is trained if it gives none.
+
+    Args:
+        recipe: the run.
+        show_progress: draw bars.
+        row: which of the rows that are read at a time this process reads.
+        num_rows: how many these are.
 
     Raises:
         ConfigError: the tokenizer has more ids than the model.
         DataError: the corpus cannot be read.
     """
-    initialize(model, torch.Generator().manual_seed(recipe.seed))
     data, train = recipe.data, recipe.train
     source = open_source(data.source, data.text_field, data.held_out)
     folder = Path(data.folder) if data.folder is not None else recipe.folder / "data"
     tokenizer = _tokenizer(data, source, folder, recipe.model.vocab_size, show_progress)
-    model.tokenizer = tokenizer
     stores = {
         split: tokenize_source(source, split, tokenizer, folder, progress=show_progress)
         for split in ("train", "held_out")
@@ -48,7 +50,10 @@ def prepare_documents(recipe: Recipe, model: Model, show_progress: bool = False)
         for tokens in (train.eval_tokens, train.final_eval_tokens)
     )
     return Material(
-        stream=Loader(stores["train"], train.micro_batch_tokens, train.seq_len, recipe.seed),
+        tokenizer=tokenizer,
+        stream=Loader(
+            stores["train"], train.micro_batch_tokens, train.seq_len, recipe.seed, row, num_rows
+        ),
         held_out=held_out,
         final_held_out=final_held_out,
         baselines=lambda: _baselines(source, final_held_out),

@@ -11,6 +11,7 @@ from linnet.errors import ConfigError
 from linnet.model.config import ModelConfig
 from linnet.model.presets import preset
 from linnet.ops.moe import Normalization
+from linnet.parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,9 @@ class OptimSection:
     aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss, averaged over layers."""
     aux_loss_normalization: Normalization = "transformers"
+    aux_loss_over: Literal["row", "ranks"] = "row"
+    """Whose tokens count together for it: those of a row, so that the loss is the same on any
+    number of ranks, or those of all rows that the ranks have at a time, as MiniMax counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +93,47 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSection:
+    """`[parallel]`: how many ranks are cut, when torchrun or another launcher starts several."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Replicas of the sharded weights."""
+    dp_shard: int = -1
+    """Ranks with rows of their own, over which weights are sharded; -1 takes all that are left."""
+    cp: int = 1
+    """Ranks that share each row of tokens."""
+    tp: int = 1
+    """Ranks that share the heads of attention."""
+    ep: int = 1
+    """Ranks that share the experts."""
+    etp: int = 1
+    """Ranks that share the width of each expert."""
+    states: Literal["all_gather", "ring"] = "all_gather"
+    """How lightning states travel along a row: LASP+ or a ring."""
+    keys: Literal["ring", "gather"] = "ring"
+    """How keys and values travel along a row."""
+    balanced: bool = False
+    """Give each of the cp ranks an early and a late piece of a row."""
+    token_groups: int = 2
+    """Parts in which tokens go to their experts, so that exchanges overlap with computing."""
+    check_every: int = 50
+    """Steps between comparisons of what ranks read that should read the same."""
+    timeout_s: float = 600.0
+    """After which ranks that wait for another one give up."""
+
+    def layout(self, world_size: int) -> Layout:
+        """Return the layout for a number of ranks.
+
+        Raises:
+            ConfigError: the axes do not multiply to it; says the arithmetic.
+        """
+        axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
+        return Layout.for_world(world_size, **{axis: getattr(self, axis) for axis in axes})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """A whole run; `[model]` is a preset's name and any keys of `ModelConfig` to change.
 
@@ -104,11 +149,12 @@ class Recipe:
     """Held-out documents that the finished model continues, for the report."""
     train: TrainSection
     optim: OptimSection = field(default_factory=OptimSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     data: DataSection = field(default_factory=DataSection)
     model: ModelConfig = field(default_factory=lambda: preset("nano"))
 
     def __post_init__(self) -> None:
-        check_run(self.name, self.train, self.optim, self.samples)
+        check_run(self.name, self.train, self.optim, self.parallel, self.samples)
 
     @property
     def folder(self) -> Path:
@@ -141,7 +187,9 @@ class Recipe:
         return plain(dataclasses.asdict(self))
 
 
-def check_run(name: str, train: TrainSection, optim: OptimSection, samples: int) -> None:
+def check_run(
+    name: str, train: TrainSection, optim: OptimSection, parallel: ParallelSection, samples: int
+) -> None:
     """Check what the recipes of all kinds of runs share.
 
     Raises:
@@ -167,6 +215,9 @@ def check_run(name: str, train: TrainSection, optim: OptimSection, samples: int)
             f"micro_batch_tokens {train.micro_batch_tokens}"
         )
     _check_optim(optim)
+    for key in ("token_groups", "check_every", "timeout_s"):
+        if not getattr(parallel, key) > 0:
+            raise ConfigError(f"parallel.{key} is {getattr(parallel, key)}; it must be positive")
     if train.threads is not None and train.threads < 1:
         raise ConfigError(f"train.threads is {train.threads}; it must be at least 1")
     if samples < 0:

@@ -27,11 +27,15 @@ from linnet.data.dialogues import (
 from linnet.errors import ConfigError
 from linnet.model.config import ModelConfig
 from linnet.model.presets import model_folder
-from linnet.model.transformer import Model
-from linnet.model.weights import read_weights
 from linnet.text import Tokenizer
-from linnet.train.material import Material, Sample
-from linnet.train.recipe import OptimSection, TrainSection, check_run, plain
+from linnet.train.material import EveryNth, Material, Sample
+from linnet.train.recipe import (
+    OptimSection,
+    ParallelSection,
+    TrainSection,
+    check_run,
+    plain,
+)
 
 TEXT = "text"
 MAX_FINAL_TOKENS = 1_000_000
@@ -83,12 +87,13 @@ class SftRecipe:
     """Held-out dialogues whose last answer the finished model writes, for the report."""
     train: TrainSection
     optim: OptimSection = field(default_factory=OptimSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     mix: tuple[MixSection, ...]
     corpus: CorpusSection = field(default_factory=CorpusSection)
     model: ModelConfig
 
     def __post_init__(self) -> None:
-        check_run(self.name, self.train, self.optim, self.samples)
+        check_run(self.name, self.train, self.optim, self.parallel, self.samples)
         if not self.mix:
             raise ConfigError("the recipe has no [[mix]]; give at least one source of examples")
         for part in self.mix:
@@ -146,24 +151,31 @@ class SftRecipe:
         return plain(dataclasses.asdict(self))
 
 
-def prepare_dialogues(recipe: SftRecipe, model: Model, show_progress: bool = False) -> Material:
-    """Fill a model with the weights to start from, and open the sources of a recipe.
+def prepare_dialogues(
+    recipe: SftRecipe, show_progress: bool = False, row: int = 0, num_rows: int = 1
+) -> Material:
+    """Open the sources of a recipe.
+
+    Args:
+        recipe: the run.
+        show_progress: draw bars.
+        row: which of the rows that are read at a time this process reads.
+        num_rows: how many these are.
 
     Raises:
-        CheckpointError: the starting model does not fit the recipe's.
         DataError: the corpus or a file of dialogues cannot be read.
     """
-    folder = model_folder(recipe.start)
-    read_weights(model, folder)
-    tokenizer = model.tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(model_folder(recipe.start))
     train = recipe.train
-    stream = MixLoader(_shares(recipe, tokenizer, "train", show_progress), train.micro_batch_tokens)
+    shares = _shares(recipe, tokenizer, "train", show_progress)
+    stream = EveryNth(MixLoader(shares, train.micro_batch_tokens), row, num_rows)
     shares = _shares(recipe, tokenizer, "held_out", show_progress)
     held_out, final_held_out = (
         held_out_examples(shares, tokenizer, train.micro_batch_tokens, tokens or MAX_FINAL_TOKENS)
         for tokens in (train.eval_tokens, train.final_eval_tokens)
     )
     return Material(
+        tokenizer=tokenizer,
         stream=stream,
         held_out=held_out,
         final_held_out=final_held_out,

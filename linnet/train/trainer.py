@@ -11,25 +11,17 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from linnet.errors import ConfigError, TrainingError
 from linnet.model.cost import cost_of, training_flops
-from linnet.model.moe import RouterStats
-from linnet.model.transformer import Model
 from linnet.storage import write_atomic
-from linnet.train.checkpoint import (
-    Progress,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from linnet.train.loss import batch_loss, held_out_nll
+from linnet.train.alone import Alone
+from linnet.train.checkpoint import Progress, list_checkpoints
 from linnet.train.machine import (
-    compute_dtype,
     describe_machine,
     matmul_peak_flops,
     resident_bytes,
@@ -37,17 +29,17 @@ from linnet.train.machine import (
 )
 from linnet.train.material import HeldOut
 from linnet.train.metrics import MetricsWriter
-from linnet.train.optim import build_optimizer, clip_gradients
-from linnet.train.pretraining import prepare_documents
 from linnet.train.progress import TrainingProgress
 from linnet.train.recipe import Recipe
 from linnet.train.report import RUN_FILE
 from linnet.train.schedule import batch_tokens, count_steps, learning_rate
-from linnet.train.sft import SftRecipe, prepare_dialogues
+from linnet.train.sft import SftRecipe
+from linnet.train.workers import StepSums, Workers
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
+BALANCE_FILE = "balance.txt"
 
 
 class Trainer:
@@ -57,6 +49,7 @@ class Trainer:
         recipe: what to do.
         resume: go on from the newest checkpoint in the run's folder, if there is one.
         show_progress: draw a progress bar (or log a line now and then) on standard error.
+        workers: the processes that train, for this one; None: it is alone.
 
     Raises:
         ConfigError: the run's folder is in use and `resume` is not set, or the tokenizer has more
@@ -66,7 +59,11 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe | SftRecipe, resume: bool = False, show_progress: bool = True
+        self,
+        recipe: Recipe | SftRecipe,
+        resume: bool = False,
+        show_progress: bool = True,
+        workers: Workers | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = recipe.folder
@@ -80,23 +77,18 @@ class Trainer:
             )
         if resume and not saved:
             logger.info("no checkpoint in %s; starting anew", self._checkpoints)
-        self._note_changes()
+        if workers is None or workers.is_main:
+            self._note_changes()
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        dtype = compute_dtype(recipe.train.dtype)
         return_freed_tensors()
-        self.model = Model(recipe.model, compute_dtype=dtype).train()
-        self.model.activation_recompute = recipe.train.activation_recompute
-        self._optimizer = build_optimizer(self.model, recipe.optim)
-        if isinstance(recipe, SftRecipe):
-            self.material = prepare_dialogues(recipe, self.model, show_progress)
-        else:
-            self.material = prepare_documents(recipe, self.model, show_progress)
+        self.workers = workers or Alone(recipe, show_progress)
+        self.model, self.material = self.workers.model, self.workers.material
         self.progress = Progress()
         if saved:
-            self.progress = load_checkpoint(saved[-1], self.model, self._optimizer)
+            self.progress = self.workers.load(saved[-1])
             self.material.stream.load_state_dict(self.progress.data)
-        self._peak_flops = matmul_peak_flops(dtype)
+        self._peak_flops = matmul_peak_flops(self.model.compute_dtype) * self.workers.num_processes
         seq_len = recipe.train.seq_len
         self._flops_per_token = training_flops(recipe.model, seq_len) / seq_len
         self._skipped_in_a_row = 0
@@ -111,24 +103,20 @@ class Trainer:
         if (record := self._finished_record()) is not None:
             return record
         recipe, progress = self.recipe, self.progress
-        start_step = progress.step or None
         bar = TrainingProgress(
             self._total_steps(), recipe.name, self._show_progress, initial_step=progress.step
         )
         saved_step = progress.step
-        with (
-            MetricsWriter(self.folder, resume_step=start_step) as metrics,
-            bar,
-            self._interruptible(),
-        ):
-            while not self.is_complete and not self._stop_requested:
+        with self._metrics() as metrics, bar, self._interruptible():
+            while not self.is_complete and not self.workers.any(self._stop_requested):
                 values = self._step()
                 saves = self.is_complete or progress.step % recipe.train.save_every == 0
                 measures = saves or progress.step % recipe.train.eval_every == 0
                 if measures:
                     progress.bits_per_byte = self.measure(self.material.held_out)
                     values["eval/bits_per_byte"] = progress.bits_per_byte
-                if measures or progress.step % recipe.train.log_every == 0:
+                    self._write_balance()
+                if metrics and (measures or progress.step % recipe.train.log_every == 0):
                     metrics.write(progress.step, values)
                 bar.update(
                     progress.step,
@@ -141,10 +129,22 @@ class Trainer:
                 if saves:
                     self._save()
                     saved_step = progress.step
+                self.workers.finish_saving(waits=False)
             if progress.step != saved_step:  # stopped, at whatever moment
                 progress.bits_per_byte = self.measure(self.material.held_out)
                 self._save()
+            self.workers.finish_saving(waits=True)
         return self._finish()
+
+    def _metrics(self) -> AbstractContextManager[MetricsWriter | None]:
+        """Return the record of the run, where it is written."""
+        if not self.workers.is_main:
+            return nullcontext()
+        return MetricsWriter(self.folder, resume_step=self.progress.step or None)
+
+    def _write_balance(self) -> None:
+        if (table := self.workers.balance()) and self.workers.is_main:
+            write_atomic(self.folder / BALANCE_FILE, table)
 
     @property
     def is_complete(self) -> bool:
@@ -157,7 +157,7 @@ class Trainer:
 
     def measure(self, held_out: HeldOut) -> float:
         """Return the bits per UTF-8 byte of held-out documents."""
-        return held_out_nll(self.model, held_out) / math.log(2) / held_out.num_bytes
+        return self.workers.held_out_nll(held_out) / math.log(2) / held_out.num_bytes
 
     def _step(self) -> dict[str, float]:
         """Take one optimizer step and return its metrics."""
@@ -165,17 +165,16 @@ class Trainer:
         progress, optim, train = self.progress, self.recipe.optim, self.recipe.train
         size = batch_tokens(progress.tokens, train)
         rate = learning_rate(progress.step, progress.tokens, optim, train.total_tokens)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self.workers.set_learning_rate(rate)
         values = self._accumulate(size // train.micro_batch_tokens)
         num_tokens = int(values["train/batch_tokens"])
-        norm = clip_gradients(self.model, optim.grad_clip)
-        if math.isfinite(norm) and math.isfinite(values["train/loss"]):
-            self._optimizer.step()
+        norm = self.workers.clip(optim.grad_clip)
+        is_finite = math.isfinite(norm) and math.isfinite(values["train/loss"])
+        if is_finite:
             self._skipped_in_a_row = 0
         else:
             self._skip(values["train/loss"], norm)
-        self._optimizer.zero_grad()
+        self.workers.update(applies=is_finite)
         progress.step += 1
         progress.tokens += num_tokens
         elapsed_s = time.perf_counter() - start_s
@@ -191,29 +190,18 @@ class Trainer:
             "memory/rss_bytes": resident_bytes(),
         }
 
-    def _accumulate(self, num_micro_batches: int) -> dict[str, float]:
+    def _accumulate(self, num_rows: int) -> dict[str, float]:
         """Add up the gradients of one batch; return loss and router metrics."""
-        optim = self.recipe.optim
-        batches = [next(self.material.stream) for _ in range(num_micro_batches)]
-        num_targets = sum(batch.num_targets for batch in batches)
-        nll = aux = 0.0
-        router: list[list[RouterStats]] = []
-        for batch in batches:
-            loss = batch_loss(self.model, batch, optim.aux_loss_normalization)
-            share = batch.num_targets / num_targets
-            (loss.nll / num_targets + optim.aux_loss_coef * share * loss.aux).backward()
-            nll += loss.nll.item()
-            aux += loss.aux.item() * share
-            router.append(loss.router)
-        load = torch.stack([torch.stack([s.load for s in stats]) for stats in router]).mean(0)
+        sums = self.workers.accumulate(num_rows, self.progress.step + 1)
+        load = sums.load
         previous = torch.tensor(self.progress.expert_load) if self.progress.expert_load else load
         self.progress.expert_load = torch.lerp(previous, load, 0.02).tolist()
         values = {
-            "train/loss": nll / num_targets,
-            "train/batch_tokens": sum(batch.tokens.shape[1] for batch in batches),
-            "moe/aux_loss": aux,
+            "train/loss": sums.nll / sums.num_targets,
+            "train/batch_tokens": sums.num_tokens,
+            "moe/aux_loss": sums.aux,
         }
-        return values | router_metrics(router)
+        return values | router_metrics(sums)
 
     def _skip(self, loss: float, norm: float) -> None:
         self.progress.skipped_steps += 1
@@ -234,7 +222,7 @@ class Trainer:
             logger.warning("step %d not saved: held-out loss is %s", self.progress.step, bits)
             return
         keep = self.recipe.train.keep_last
-        save_checkpoint(self._checkpoints, self.model, self._optimizer, self.progress, keep)
+        self.workers.save(self._checkpoints, self.progress, keep)
 
     def _finish(self) -> dict[str, Any]:
         """Save the model and `run.json`; a complete run is measured on more held-out text."""
@@ -249,7 +237,7 @@ class Trainer:
                 f"the final model's held-out loss is {bits_per_byte}; the last good one is in "
                 f"{self._checkpoints}"
             )
-        self.model.save(self.folder / "model", overwrite=True)
+        self.workers.export(self.folder / "model")
         cost = cost_of(recipe.model)
         speed = progress.tokens / max(progress.seconds, 1e-9)
         run = {
@@ -305,8 +293,9 @@ class Trainer:
         return record if is_whole and self.is_complete else None
 
     def write_record(self, run: dict[str, Any]) -> None:
-        """Write `run.json`, which the report is made from."""
-        write_atomic(self.folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
+        """Write `run.json`, which the report is made from, in the main process."""
+        if self.workers.is_main:
+            write_atomic(self.folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -331,17 +320,12 @@ class Trainer:
             signal.signal(signal.SIGINT, previous)
 
 
-def router_metrics(router: list[list[RouterStats]]) -> dict[str, float]:
-    """Return the router's figures per layer, over all micro-batches of a step.
-
-    Args:
-        router: one list per micro-batch with one entry per layer.
-    """
+def router_metrics(sums: StepSums) -> dict[str, float]:
+    """Return the router's figures per layer, over all rows of a step."""
     values = {}
-    for layer, stats in enumerate(zip(*router, strict=True)):
-        load = torch.stack([s.load for s in stats]).mean(0)
+    for layer, load in enumerate(sums.load):
         name = f"moe/layer_{layer:02d}"
         values[f"{name}/load_max_over_mean"] = float(load.max() / load.mean())
-        values[f"{name}/dropped"] = float(sum(s.dropped for s in stats))
-        values[f"{name}/entropy"] = float(torch.stack([s.entropy for s in stats]).mean())
+        values[f"{name}/dropped"] = float(sums.dropped[layer])
+        values[f"{name}/entropy"] = float(sums.entropy[layer])
     return values

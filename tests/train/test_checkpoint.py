@@ -27,7 +27,9 @@ def save(trainer: Trainer, step: int, bits: float | None, keep_last: int = 2) ->
     trainer.progress.step = step
     trainer.progress.bits_per_byte = bits
     checkpoints = trainer._checkpoints
-    save_checkpoint(checkpoints, trainer.model, trainer._optimizer, trainer.progress, keep_last)
+    save_checkpoint(
+        checkpoints, trainer.model, trainer.workers.optimizer, trainer.progress, keep_last
+    )
 
 
 def names(trainer: Trainer) -> list[str]:
@@ -49,13 +51,13 @@ def test_checkpoint_restores_weights_moments_and_random_state(trainer, recipe):
     other = Trainer(recipe("other"), show_progress=False)
     torch.manual_seed(99)
     progress = load_checkpoint(
-        list_checkpoints(trainer._checkpoints)[0], other.model, other._optimizer
+        list_checkpoints(trainer._checkpoints)[0], other.model, other.workers.optimizer
     )
     assert torch.equal(torch.rand(3), expected)
     assert progress.step == 1 and progress.data == trainer.progress.data
     for a, b in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
-        left, right = trainer._optimizer.state[a], other._optimizer.state[b]
+        left, right = trainer.workers.optimizer.state[a], other.workers.optimizer.state[b]
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left)
 
@@ -107,7 +109,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(trainer, file, content):
     (checkpoint,) = list_checkpoints(trainer._checkpoints)
     (checkpoint / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=file.replace(".", r"\.")) as caught:
-        load_checkpoint(checkpoint, trainer.model, trainer._optimizer)
+        load_checkpoint(checkpoint, trainer.model, trainer.workers.optimizer)
     assert "\n" not in str(caught.value)
 
 

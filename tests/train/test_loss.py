@@ -8,6 +8,7 @@ from linnet.model import Model
 from linnet.model.init import initialize
 from linnet.model.moe import RouterStats
 from linnet.train import Trainer
+from linnet.train.alone import step_sums
 from linnet.train.loss import batch_loss, held_out_nll
 from linnet.train.optim import build_optimizer, clip_gradients
 from linnet.train.recipe import OptimSection
@@ -64,7 +65,7 @@ def test_bits_per_byte_of_a_uniform_model_is_log2_of_the_vocabulary_per_token(re
 
 def test_optimizer_step_is_adamw_with_decay_on_matrices_only(model, batch):
     config = OptimSection(learning_rate=1e-2)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model.parameters(), config)
     batch_loss(model, batch, "paper").nll.backward()
     chosen = {"lm_head.weight": 0.1, "norm.weight": 0.0}
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n in chosen}
@@ -93,7 +94,8 @@ def test_router_metrics_join_the_micro_batches_of_a_step():
         return RouterStats(tensor, tensor / 2, torch.tensor(dropped), torch.tensor(entropy))
 
     first, second = stats([2.0, 0.0], 1, 0.2), stats([1.0, 1.0], 2, 0.4)
-    values = router_metrics([[first], [second]])
+    empty = PackedBatch(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(2), 1)
+    values = router_metrics(step_sums(0.0, 0.0, [empty, empty], [[first], [second]]))
     assert values["moe/layer_00/load_max_over_mean"] == pytest.approx(1.5)
     assert values["moe/layer_00/dropped"] == 3
     assert values["moe/layer_00/entropy"] == pytest.approx(0.3)

@@ -1,0 +1,165 @@
+"""Tensors of which each rank has a part, written and read by PyTorch's distributed checkpoint.
+
+The files are safetensors, with where each part lies in their headers: nothing is pickled. Any
+number of ranks, cut in any way, can read what others wrote; each reads what its own parts overlap.
+Writing may go on in the background, from copies.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from linnet.errors import CheckpointError
+from linnet.parallel.placement import Box
+
+Parts = Mapping[str, tuple[Tensor, Box]]
+"""By name: what this rank has, shaped as the box, and where it lies in the whole."""
+
+
+def save_parts(
+    folder: Path, parts: Parts, group: dist.ProcessGroup | None, in_background: bool = False
+) -> "Future[Any]":
+    """Write the parts of all ranks; each rank of the group calls this.
+
+    Args:
+        folder: to be filled; the same for all ranks.
+        parts: of this rank; parts that several ranks have are written once.
+        group: the ranks, with a group of their own if the writing goes on in the background.
+        in_background: copy the tensors and return; else return when all is written.
+
+    Returns:
+        A future that is done when the files of all ranks are written.
+
+    Raises:
+        CheckpointError: a file cannot be written (raised by the future if in the background).
+    """
+    state = {name: _Part.of(*part) for name, part in parts.items() if part[0].numel()}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    options: dict[str, Any] = {"storage_writer": writer, "process_group": group}
+    if in_background:
+        saving = dcp.async_save(state, async_stager=_CopyParts(), **options)
+        return cast("Future[Any]", saving)
+    done: Future[Any] = Future()
+    try:
+        done.set_result(dcp.save(state, no_dist=group is None, **options))
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"cannot write {folder}: {_reason(error)}") from None
+    return done
+
+
+def load_parts(folder: Path, parts: Parts) -> None:
+    """Fill tensors in place with their parts of what was saved by any number of ranks.
+
+    No rank waits for another.
+
+    Raises:
+        CheckpointError: something is missing, damaged or of another shape.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        _check(folder, reader.read_metadata(), parts)
+        state = {name: _Part.of(*part) for name, part in parts.items() if part[0].numel()}
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged: {_reason(error)}") from None
+
+
+def saved_names(folder: Path) -> set[str]:
+    """Return the names of the tensors in a folder.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    try:
+        return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged: {_reason(error)}") from None
+
+
+def _check(folder: Path, metadata: Metadata, parts: Parts) -> None:
+    for name, (_, box) in parts.items():
+        saved = metadata.state_dict_metadata.get(name)
+        if not isinstance(saved, TensorStorageMetadata):
+            raise CheckpointError(f"{folder} lacks {name}")
+        if tuple(saved.size) != box.whole:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(saved.size)}; expected {list(box.whole)}"
+            )
+        if sum(chunk.sizes.numel() for chunk in saved.chunks) != saved.size.numel():
+            raise CheckpointError(f"{folder} lacks parts of {name}: the file of a rank is missing")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {failure}"
+    return str(error)
+
+
+class _Part(Tensor):
+    """A tensor that tells the checkpoint where it lies in a larger one."""
+
+    box: Box
+    values: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, box: Box) -> "_Part":
+        part = values.detach().as_subclass(cls)
+        part.box, part.values = box, values.detach()
+        return part
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        """Return the size of the whole, which the reader compares."""
+        return torch.Size(self.box.whole) if dim is None else self.box.whole[dim]
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.box.start), torch.Size(self.box.size))
+
+    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+        data = TensorWriteData(
+            chunk=self._chunk(),
+            properties=TensorProperties.create_from_tensor(self.values),
+            size=torch.Size(self.box.whole),
+        )
+        index = MetadataIndex(fqn, torch.Size(self.box.start))
+        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
+        return self.values
+
+
+class _CopyParts(AsyncStager):
+    """Copies all parts at once: training goes on changing the originals."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any], **_options: Any) -> dict[str, Any]:
+        """Return copies on the CPU."""
+        return {
+            name: _Part.of(part.values.to("cpu", copy=True), part.box)
+            for name, part in state_dict.items()
+        }
+
+    def close(self) -> None:
+        """Nothing is kept."""

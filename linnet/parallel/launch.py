@@ -1,0 +1,79 @@
+"""Which rank this process is, as the launcher says: torchrun, Ray Train, or Slurm.
+
+Only environment variables are read: RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's, and MASTER_ADDR
+and MASTER_PORT, which PyTorch reads itself.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from linnet.errors import ConfigError
+
+_NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """This process among others.
+
+    Attributes:
+        rank: its number.
+        world_size: of all.
+        local_rank: its number on this machine.
+        restarts: how often the launcher has started all of them anew.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    restarts: int = 0
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """Return what the launcher says; None for a process on its own.
+
+    Raises:
+        ConfigError: the variables are there in part, or are no numbers.
+    """
+    if "MASTER_ADDR" not in environment:
+        return None
+    for names in _NAMES:
+        if names[0] in environment:
+            break
+    else:
+        return None
+    try:
+        rank, world_size = int(environment[names[0]]), int(environment[names[1]])
+        local_rank = int(environment.get(names[2], rank))
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{names[0]} is set, but not as a launcher does: {error}") from None
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]} is {rank} of {names[1]} {world_size}")
+    return Launch(rank, world_size, local_rank, restarts) if world_size > 1 else None
+
+
+def connect(launch: Launch, timeout_s: float) -> torch.device:
+    """Join the other processes; return the device of this one.
+
+    Args:
+        launch: from `launched`.
+        timeout_s: after which a rank that waits for another gives up.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    return device
