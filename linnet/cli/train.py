@@ -47,12 +47,21 @@ def run(args: argparse.Namespace) -> int:
 
 def train(recipe: "Recipe | SftRecipe", args: argparse.Namespace) -> int:
     """Run a recipe to its end (or to Ctrl-C), print the outcome and write the report."""
+    from linnet.parallel.launch import launched
     from linnet.train import Trainer, write_report
+    from linnet.train.trainer import workers_of
 
-    if not args.quiet:
+    launch = launched()
+    is_main = launch is None or launch.rank == 0
+    show_progress = is_main and not args.quiet
+    if show_progress:
         _print_recipe(recipe.to_dict())
-    trainer = Trainer(recipe, resume=args.resume, show_progress=not args.quiet)
+    # Started anew by the launcher after a rank died: go on where all of them were.
+    resume = args.resume or (launch is not None and launch.restarts > 0)
+    trainer = Trainer(recipe, resume, show_progress, workers_of(recipe, launch, show_progress))
     run_record = trainer.run()
+    if not is_main:
+        return 0 if trainer.is_complete else 130
     if trainer.is_complete and not run_record["samples"]:
         run_record["samples"] = _samples(trainer, recipe.samples)
         trainer.write_record(run_record)

@@ -7,7 +7,7 @@ files if there are any. `layout.py` says which tensors those are.
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -150,7 +150,17 @@ def save_model(
     config["torch_dtype"] = str(storage).removeprefix("torch.")
     with atomic_folder(target, overwrite) as staging:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(model, staging, storage)
+        parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        shards = plan_shards(model, storage)
+        for number in range(len(shards)):
+            write_shard(
+                staging,
+                shards,
+                number,
+                storage,
+                lambda entry: parameters[entry.parameter].detach()[entry.index or ...],
+            )
+        write_index(staging, shards, storage)
         if model.tokenizer is not None:
             model.tokenizer.save(staging)
 
@@ -308,41 +318,68 @@ def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _write_shards(model: Model, folder: Path, storage: torch.dtype) -> None:
-    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    shards = list(_plan_shards(model, storage))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, entries in enumerate(shards, 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in entries:
-            value = parameters[entry.parameter].detach()[entry.index or ...]
-            dtype = disk_dtype(entry.parameter, storage)
-            tensors[entry.name] = value.to("cpu", dtype).contiguous()
-            weight_map[entry.name] = file
-            total += tensors[entry.name].nbytes
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # it comes readable by its owner alone
-        except SafetensorError as error:
-            raise OSError(f"writing {file} failed: {error}") from None
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plan_shards(model: Model, storage: torch.dtype) -> Iterator[list[Entry]]:
-    shard: list[Entry] = []
+def plan_shards(model: Model, storage: torch.dtype) -> list[list[Entry]]:
+    """Return the tensors of each file of a checkpoint folder of a model, which may be on meta."""
+    shards: list[list[Entry]] = [[]]
     size = 0
     for entry in disk_layout(model):
-        itemsize = disk_dtype(entry.parameter, storage).itemsize
-        num_bytes = torch.Size(entry.shape).numel() * itemsize
-        if shard and size + num_bytes > MAX_SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
+        num_bytes = _disk_bytes(entry, storage)
+        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
         size += num_bytes
-    yield shard
+    return shards
+
+
+def write_shard(
+    folder: Path,
+    shards: list[list[Entry]],
+    number: int,
+    storage: torch.dtype,
+    value: Callable[[Entry], Tensor],
+) -> None:
+    """Write one file of a checkpoint folder.
+
+    Args:
+        folder: to hold it.
+        shards: from `plan_shards`.
+        number: of the file, from 0.
+        storage: dtype of the embedding on disk.
+        value: gives the tensor of an entry.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    file = _file_name(number, len(shards))
+    tensors = {
+        entry.name: value(entry).to("cpu", disk_dtype(entry.parameter, storage)).contiguous()
+        for entry in shards[number]
+    }
+    try:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # it comes readable by its owner alone
+    except SafetensorError as error:
+        raise OSError(f"writing {file} failed: {error}") from None
+
+
+def write_index(folder: Path, shards: list[list[Entry]], storage: torch.dtype) -> None:
+    """Write the index of the files, if there are several."""
+    if len(shards) == 1:
+        return
+    weight_map = {
+        entry.name: _file_name(number, len(shards))
+        for number, entries in enumerate(shards)
+        for entry in entries
+    }
+    total = sum(_disk_bytes(entry, storage) for entries in shards for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _disk_bytes(entry: Entry, storage: torch.dtype) -> int:
+    return torch.Size(entry.shape).numel() * disk_dtype(entry.parameter, storage).itemsize

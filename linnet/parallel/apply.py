@@ -25,13 +25,14 @@ from linnet.model.config import ModelConfig
 from linnet.model.layout import FP32_PARAMETERS
 from linnet.model.transformer import Block, Model
 from linnet.parallel import ring_attention
-from linnet.parallel.context import ContextParallel
+from linnet.parallel.context import ContextParallel, Shard
 from linnet.parallel.exchange import Mode
 from linnet.parallel.expert import ExpertsAcrossRanks, GlobalRouter
 from linnet.parallel.filling import Weights
 from linnet.parallel.mesh import Mesh
 from linnet.parallel.pipeline import Stage
 from linnet.parallel.placement import Box, Coordinates, local_box
+from linnet.parallel.split import split_row
 from linnet.parallel.stages import stage_bounds
 from linnet.parallel.tensor import share_heads
 
@@ -158,19 +159,32 @@ class ParallelModel:
             for name, tensor in tensors.items():
                 meta = self.model.get_parameter(name)
                 value = tensor.reshape(self.boxes[name].local_shape)
-                _set(self.model, name, value.to(self.mesh.device_type, meta.dtype))
+                _set(self.model, name, value.to(self.mesh.device, meta.dtype))
             if prefix and tensors and shards:
                 block = self.model.get_submodule(prefix.rstrip("."))
                 assert isinstance(block, Block)
                 _shard_block(block, self.mesh, reshards)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.mesh.device_type))
+                setattr(module, name, buffer.to(self.mesh.device))
         if shards:
             root = self.model if self.mesh.size("pp") == 1 else self.stage
             fully_shard(root, mesh=self.mesh.fsdp_mesh(), reshard_after_forward=False)
             _sum_gradients(root)
             register_fsdp_forward_method(self.model, "hidden_states")
+
+    def shard(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Shard:
+        """Return this rank's part of a row; arguments as of `ContextParallel.shard`."""
+        tokens, targets = tokens.to(self.mesh.device), targets.to(self.mesh.device)
+        if self.context is not None:
+            return self.context.shard(tokens, targets, cu_seqlens)
+        positions = split_row(cu_seqlens, 1).positions(0).to(self.mesh.device)
+        return Shard(tokens, targets, positions, cu_seqlens)
+
+    @property
+    def least_tokens(self) -> int:
+        """The fewest tokens that a row may have."""
+        return 1 if self.context is None else self.context.size * (1 + self.context.is_balanced)
 
     def reshard(self) -> None:
         """Free what FSDP gathered and has not freed yet."""

@@ -5,6 +5,7 @@ number of ranks, cut in any way, can read what others wrote; each reads what its
 Writing may go on in the background, from copies.
 """
 
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -65,33 +66,56 @@ def save_parts(
     return done
 
 
-def load_parts(folder: Path, parts: Parts) -> None:
-    """Fill tensors in place with their parts of what was saved by any number of ranks.
+class SavedParts:
+    """What was saved by any number of ranks, cut in any way.
 
-    No rank waits for another.
+    Args:
+        folder: that `save_parts` filled.
+
+    Attributes:
+        names: of the tensors.
 
     Raises:
-        CheckpointError: something is missing, damaged or of another shape.
+        CheckpointError: a file is missing or damaged.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        _check(folder, reader.read_metadata(), parts)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = _Reader(str(folder))
+        try:
+            self._metadata = self._reader.read_metadata()
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} is damaged: {_reason(error)}") from None
+        self.names = set(self._metadata.state_dict_metadata)
+        if not self.names:
+            raise CheckpointError(f"{folder} is empty or missing")
+
+    def read(self, parts: Parts) -> None:
+        """Fill tensors in place with their parts of what was saved; no rank waits for another.
+
+        Raises:
+            CheckpointError: something is missing, damaged or of another shape.
+        """
+        _check(self.folder, self._metadata, parts)
         state = {name: _Part.of(*part) for name, part in parts.items() if part[0].numel()}
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged: {_reason(error)}") from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it reads without the others
+                dcp.load(state, storage_reader=self._reader, no_dist=True)
+        except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.folder} is damaged: {_reason(error)}") from None
 
 
-def saved_names(folder: Path) -> set[str]:
-    """Return the names of the tensors in a folder.
+class _Reader(HuggingFaceStorageReader):
+    """Reads the headers once, not at each call."""
 
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    try:
-        return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged: {_reason(error)}") from None
+    _known: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        """Return what is in the files."""
+        if self._known is None:
+            self._known = super().read_metadata()
+        return self._known
 
 
 def _check(folder: Path, metadata: Metadata, parts: Parts) -> None:

@@ -24,6 +24,8 @@ _JOINT = {
     "experts": ("ep", "etp"),
 }
 
+CPU = torch.device("cpu")
+
 
 class Mesh:
     """The groups that this rank is in.
@@ -32,7 +34,7 @@ class Mesh:
         layout: sizes of the axes.
         ranks: the global ranks, in the order of the layout; all of the world if None. Each of
             these, and no other, makes the mesh.
-        device_type: "cpu" or "cuda".
+        device: of this rank's tensors.
         timeout: after which a collective that somebody does not enter fails; torch's default if
             None.
 
@@ -44,13 +46,13 @@ class Mesh:
         self,
         layout: Layout,
         ranks: Sequence[int] | None = None,
-        device_type: str = "cpu",
+        device: torch.device = CPU,
         timeout: timedelta | None = None,
     ) -> None:
         ranks = range(dist.get_world_size()) if ranks is None else ranks
         if len(ranks) != layout.world_size:
             raise ValueError(f"{layout} has {layout.world_size} ranks; got {len(ranks)}")
-        self.layout, self.device_type = layout, device_type
+        self.layout, self.device = layout, device
         dense = torch.tensor(list(ranks)).view([getattr(layout, axis) for axis in DENSE_AXES])
         sparse = dense.view([getattr(layout, axis) for axis in SPARSE_AXES])
         self._ranks: dict[str, list[int]] = {}
@@ -95,12 +97,12 @@ class Mesh:
     def fsdp_mesh(self) -> DeviceMesh:
         """Return the mesh over which dense weights are sharded, and replicated if asked for."""
         if self.layout.dp_replicate == 1:
-            return DeviceMesh.from_group(self.group("fsdp"), self.device_type)
+            return DeviceMesh.from_group(self.group("fsdp"), self.device.type)
         mesh = torch.tensor(self._ranks["tokens"]).view(self.layout.dp_replicate, -1)
         groups = [self.group("dp_replicate"), self.group("fsdp")]
         names = ("dp_replicate", "fsdp")
-        return DeviceMesh.from_group(groups, self.device_type, mesh=mesh, mesh_dim_names=names)
+        return DeviceMesh.from_group(groups, self.device.type, mesh=mesh, mesh_dim_names=names)
 
     def expert_mesh(self) -> DeviceMesh:
         """Return the mesh over which each part of the experts is sharded."""
-        return DeviceMesh.from_group(self.group("edp"), self.device_type)
+        return DeviceMesh.from_group(self.group("edp"), self.device.type)

@@ -65,6 +65,14 @@ class Box:
         return Box(self.whole, begin, (*self.size[:dim], length, *self.size[dim + 1 :]))
 
 
+def whole_box(name: str, shape: tuple[int, ...]) -> Box:
+    """Return the box that is all of a parameter of `Model`."""
+    if name.endswith("experts.gate_up"):
+        experts, width, hidden = shape
+        return Box.of_whole((experts, 2, width // 2, hidden))
+    return Box.of_whole(shape)
+
+
 def local_box(name: str, shape: tuple[int, ...], layout: Layout, at: Coordinates) -> Box:
     """Return the box of a parameter that the rank at some coordinates holds.
 
@@ -74,12 +82,8 @@ def local_box(name: str, shape: tuple[int, ...], layout: Layout, at: Coordinates
         layout: sizes of the axes.
         at: the rank's coordinates.
     """
-    if name.endswith("experts.gate_up"):
-        experts, width, hidden = shape
-        box = Box.of_whole((experts, 2, width // 2, hidden))
-        return box.part(0, at.ep, layout.ep).part(2, at.etp, layout.etp)
-    box = Box.of_whole(shape)
-    if name.endswith("experts.down"):
+    box = whole_box(name, shape)
+    if name.endswith(("experts.gate_up", "experts.down")):
         return box.part(0, at.ep, layout.ep).part(2, at.etp, layout.etp)
     if name.endswith(_BY_HEAD_ROWS):
         return box.part(0, at.tp, layout.tp)

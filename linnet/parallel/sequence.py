@@ -25,7 +25,7 @@ from linnet.ops.matmul import wide, wide_dtype
 from linnet.parallel.exchange import StateExchange
 from linnet.parallel.split import Piece, SequenceSplit, split_row
 
-BLOCK_ELEMENTS = 2**16
+BLOCK_ELEMENTS = 2**17
 """Elements of keys that are widened and weighted at a time on a CPU: what its cache holds."""
 
 _Block = tuple[slice, slice, Tensor]
@@ -229,7 +229,7 @@ def _fading(x: Tensor, decay: Tensor, backwards: bool) -> Iterator[_Block]:
         without the heads whose state has faded away.
     """
     (length, num_heads), size = x.shape[:2], len(x)
-    slopes, least = [0.0] * num_heads, torch.finfo(decay.dtype).tiny ** 0.75
+    slopes, least = [0.0] * num_heads, torch.finfo(decay.dtype).eps ** 2
     if x.device.type == "cpu":
         slopes, size = decay.tolist(), max(1, BLOCK_ELEMENTS // x.shape[1:].numel())
     for near in range(0, length, size):
@@ -243,5 +243,6 @@ def _fading(x: Tensor, decay: Tensor, backwards: bool) -> Iterator[_Block]:
         if backwards:
             ages, tokens = (ages - 1).flip(0), slice(length - far, length - near)
         weights = torch.exp(-ages * decay[span, None])
-        # Products with subnormal numbers take a CPU a hundred times as long: 0 well above them.
+        # Less changes no digit of a sum. Gradients are small themselves, and products that become
+        # subnormal take a CPU a hundred times as long.
         yield tokens, span, F.threshold(weights, least, 0.0)

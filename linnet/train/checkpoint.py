@@ -25,7 +25,9 @@ from linnet.model.config import ModelConfig
 from linnet.model.transformer import Model
 from linnet.model.weights import read_weights
 from linnet.storage import atomic_folder
+from linnet.parallel.placement import whole_box
 from linnet.train.optim import optimizer_tensors, restore_optimizer
+from linnet.train.sharded import is_sharded, load_parts
 
 
 @dataclass(kw_only=True)
@@ -60,7 +62,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk refuses; the checkpoints before are untouched.
     """
-    progress.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    note_random_state(progress)
     target = folder / f"step_{progress.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target, overwrite=True) as staging:
@@ -71,7 +73,7 @@ def save_checkpoint(
         except SafetensorError as error:
             raise OSError(f"writing optimizer.safetensors failed: {error}") from None
         (staging / "state.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    _drop_old(folder, keep_last)
+    drop_old(folder, keep_last)
     return target
 
 
@@ -82,22 +84,47 @@ def load_checkpoint(folder: Path, model: Model, optimizer: torch.optim.AdamW) ->
         CheckpointError: a file is missing, damaged or belongs to another model.
     """
     progress = read_progress(folder)
-    _check_same_model(folder / "model", model.config)
-    read_weights(model, folder / "model")
-    try:
-        tensors = load_file(folder / "optimizer.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}/optimizer.safetensors is damaged: {error}") from None
-    names = {name for name, _ in model.named_parameters()}
-    if any(key.split("/", 1)[-1] not in names for key in tensors):
-        raise CheckpointError(f"{folder}/optimizer.safetensors belongs to another model")
-    restore_optimizer(model, optimizer, tensors)
-    state = torch.frombuffer(bytearray(base64.b64decode(progress.rng)), dtype=torch.uint8)
-    torch.set_rng_state(state)
+    if is_sharded(folder):
+        check_same_model(folder, model.config)
+        parameters = dict(model.named_parameters())
+        boxes = {name: whole_box(name, tuple(p.shape)) for name, p in parameters.items()}
+        load_parts(folder, parameters, boxes, optimizer)
+    else:
+        check_same_model(folder / "model", model.config)
+        read_weights(model, folder / "model")
+        _load_moments(folder / "optimizer.safetensors", model, optimizer)
+    set_random_state(progress)
     return progress
 
 
-def _check_same_model(folder: Path, config: ModelConfig) -> None:
+def _load_moments(file: Path, model: Model, optimizer: torch.optim.AdamW) -> None:
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    names = {name for name, _ in model.named_parameters()}
+    if any(key.split("/", 1)[-1] not in names for key in tensors):
+        raise CheckpointError(f"{file} belongs to another model")
+    restore_optimizer(model, optimizer, tensors)
+
+
+def note_random_state(progress: Progress) -> None:
+    """Write torch's CPU generator into `progress`."""
+    progress.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+
+
+def set_random_state(progress: Progress) -> None:
+    """Give torch's CPU generator the state that `progress` holds."""
+    state = torch.frombuffer(bytearray(base64.b64decode(progress.rng)), dtype=torch.uint8)
+    torch.set_rng_state(state)
+
+
+def check_same_model(folder: Path, config: ModelConfig) -> None:
+    """Refuse a folder whose config is another one.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
     saved = ModelConfig.from_folder(folder)
     keys = [
         key.name for key in fields(config) if getattr(saved, key.name) != getattr(config, key.name)
@@ -135,7 +162,8 @@ def best_checkpoint(folder: Path) -> Path | None:
     return min(known)[1] if known else None
 
 
-def _drop_old(folder: Path, keep_last: int) -> None:
+def drop_old(folder: Path, keep_last: int) -> None:
+    """Delete the checkpoints that are neither among the last nor the best."""
     checkpoints = list_checkpoints(folder)
     kept = {*checkpoints[-keep_last:], best_checkpoint(folder)}
     for path in checkpoints:

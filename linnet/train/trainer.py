@@ -18,6 +18,7 @@ import torch
 
 from linnet.errors import ConfigError, TrainingError
 from linnet.model.cost import cost_of, training_flops
+from linnet.parallel.launch import Launch
 from linnet.storage import write_atomic
 from linnet.train.alone import Alone
 from linnet.train.checkpoint import Progress, list_checkpoints
@@ -318,6 +319,19 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def workers_of(
+    recipe: Recipe | SftRecipe, launch: Launch | None, show_progress: bool
+) -> Workers | None:
+    """Return the processes that a launcher started, for this one; None for one on its own."""
+    if launch is None:
+        return None
+    from linnet.train.ranks import ManyRanks
+
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    return ManyRanks(recipe, launch, show_progress)
 
 
 def router_metrics(sums: StepSums) -> dict[str, float]:

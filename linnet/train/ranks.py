@@ -1,0 +1,422 @@
+"""A run of many ranks: each has a part of the model and of the rows.
+
+The loss is divided by the targets of all rows of all ranks, and gradients are added up: whatever
+the layout, a step is that of one process, but for rounding.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from linnet import __version__
+from linnet.data import PackedBatch
+from linnet.errors import CheckpointError, ConfigError
+from linnet.model.moe import RouterStats
+from linnet.model.presets import model_folder
+from linnet.model.transformer import Model
+from linnet.model.weights import load_model
+from linnet.ops import cross_entropy, load_balancing_loss
+from linnet.ops.cross_entropy import IGNORE
+from linnet.parallel.agreement import agree_on_config, agree_on_rows
+from linnet.parallel.apply import Exchanges, ParallelModel, local_part
+from linnet.parallel.balance import Balance, balance_table, gather_rows, share_stats
+from linnet.parallel.checkpoint import SavedParts, save_parts
+from linnet.parallel.context import Shard
+from linnet.parallel.expert import ExpertsAcrossRanks
+from linnet.parallel.export import export_files
+from linnet.parallel.filling import FromFolder, FromSeed
+from linnet.parallel.launch import Launch, connect
+from linnet.parallel.mesh import Mesh
+from linnet.parallel.pipeline import Pipeline
+from linnet.storage import publish_folder
+from linnet.train.alone import prepare
+from linnet.train.checkpoint import (
+    Progress,
+    check_same_model,
+    drop_old,
+    note_random_state,
+    read_progress,
+    set_random_state,
+)
+from linnet.train.machine import compute_dtype
+from linnet.train.material import HeldOut
+from linnet.train.optim import build_optimizer
+from linnet.train.recipe import Recipe
+from linnet.train.sft import SftRecipe
+from linnet.train.sharded import (
+    SHARDED,
+    is_sharded,
+    load_moments_of_one,
+    load_parts,
+    parts_of,
+)
+from linnet.train.workers import StepSums
+
+
+class _Saving(NamedTuple):
+    """A checkpoint that is being written."""
+
+    files: "Future[Any]"
+    staging: Path
+    target: Path
+    keep_last: int
+
+
+class ManyRanks:
+    """One rank of a run; see `Workers`.
+
+    Args:
+        recipe: the same on all ranks.
+        launch: which rank this is.
+        show_progress: draw bars, on the first rank.
+
+    Raises:
+        ConfigError: the layout does not fit the ranks, the model or the batch, or ranks differ.
+        DataError: the corpus cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe | SftRecipe, launch: Launch, show_progress: bool) -> None:
+        self.recipe, self.num_processes = recipe, launch.world_size
+        self.is_main = launch.rank == 0
+        layout = recipe.parallel.layout(launch.world_size)
+        layout.check_model(recipe.model)
+        self._check_batches(layout.num_rows, layout.pp)
+        device = connect(launch, recipe.parallel.timeout_s)
+        versions = {"linnet": __version__, "torch": torch.__version__}
+        agree_on_config(recipe.to_dict() | versions)
+        self.mesh = Mesh(layout, device=device)
+        self._row = self.mesh.rank("dp_replicate") * layout.dp_shard + self.mesh.rank("dp_shard")
+        # The first rank tokenizes; the others then find that it is done.
+        if self.is_main:
+            prepare(recipe, show_progress)
+        dist.barrier()
+        self.material = prepare(recipe, False, self._row, layout.num_rows)
+        self.parallel = self._build(compute_dtype(recipe.train.dtype))
+        self.model = self.parallel.model
+        self.model.tokenizer = self.material.tokenizer
+        self.optimizer = build_optimizer(self.parallel.parameters.values(), recipe.optim)
+        self._save_group = dist.new_group(backend="gloo")
+        self._saving: _Saving | None = None
+        self._last: StepSums | None = None
+        self._total = 1.0
+        self._pipeline = None
+        if layout.pp > 1:
+            self._pipeline = Pipeline(
+                self.parallel.stage,
+                self.mesh.group("pp"),
+                recipe.model.hidden_size,
+                self.model.compute_dtype,
+                self._nll,
+                self._scaled_aux,
+            )
+
+    def _check_batches(self, num_rows: int, num_stages: int) -> None:
+        train = self.recipe.train
+        for batch in (train.batch_tokens, *(size for _, size in train.batch_warmup)):
+            rows = batch // train.micro_batch_tokens
+            if rows % num_rows:
+                raise ConfigError(
+                    f"a batch of {rows} rows of train.micro_batch_tokens cannot be shared by "
+                    f"dp_replicate*dp_shard = {num_rows}; change train.batch_tokens or the layout"
+                )
+            if rows // num_rows < num_stages:
+                raise ConfigError(
+                    f"pp = {num_stages} stages need as many rows in turn; a batch of {rows} rows "
+                    f"gives each of dp_replicate*dp_shard = {num_rows} only {rows // num_rows}"
+                )
+
+    def _build(self, dtype: torch.dtype) -> ParallelModel:
+        recipe, options = self.recipe, self.recipe.parallel
+        if isinstance(recipe, SftRecipe):
+            weights = FromFolder(model_folder(recipe.start))
+        else:
+            weights = FromSeed(recipe.seed)
+        exchanges = Exchanges(
+            states=options.states,
+            keys=options.keys,
+            balanced=options.balanced,
+            token_groups=options.token_groups,
+        )
+        parallel = ParallelModel(
+            recipe.model,
+            self.mesh,
+            weights,
+            exchanges,
+            compute_dtype=dtype,
+            length=recipe.train.seq_len,
+        )
+        parallel.stage.train()
+        parallel.model.activation_recompute = recipe.train.activation_recompute
+        return parallel
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set it for the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def accumulate(self, num_rows: int, step: int) -> StepSums:
+        """Read the next rows, of all ranks together, and add up their gradients."""
+        layout = self.mesh.layout
+        batches = [next(self.material.stream) for _ in range(num_rows // layout.num_rows)]
+        if step % self.recipe.parallel.check_every == 1 or self.recipe.parallel.check_every == 1:
+            tokens = torch.cat([batch.tokens for batch in batches], 1)
+            agree_on_rows(tokens, self._row, step)
+        for router in self.parallel.routers:
+            router.first = step % self.mesh.size("tokens")
+        own = torch.tensor([batch.num_targets for batch in batches], dtype=torch.float64)
+        targets = self._sum(own) * layout.num_rows / layout.world_size
+        self._total = float(targets.sum())
+        # What a row's balancing loss weighs, or that of the rows which the ranks have at a time.
+        weighs = own if self.recipe.optim.aux_loss_over == "row" else targets
+        self._shares = (weighs / self._total).tolist()
+        shards = [self.parallel.shard(b.tokens, b.targets, b.cu_seqlens) for b in batches]
+        self._number = 0
+        self._aux_sum = 0.0
+        if self._pipeline is not None:
+            losses = self._pipeline.run(shards)
+            nll = float(sum(loss.detach() for loss in losses)) if losses else 0.0
+            router = self.parallel.stage.stats
+        else:
+            nll, router = self._run(shards)
+        num_tokens = sum(batch.tokens.shape[1] for batch in batches)
+        self._last = self._sums(nll * self._total, num_tokens, shards, router)
+        return self._last
+
+    def _run(self, shards: list[Shard]) -> tuple[float, list[list[RouterStats]]]:
+        """Take rows forward and backward; return the scaled loss and the router statistics."""
+        nll, router = 0.0, []
+        for shard in shards:
+            hidden, stats = self.model.hidden_states(
+                shard.tokens, shard.cu_seqlens, shard.positions
+            )
+            loss = self._nll(hidden, shard.targets)
+            (loss + self._scaled_aux(stats, shard)).backward()
+            nll += float(loss.detach())
+            router.append(stats)
+        return nll, router
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        learned = targets[0] != IGNORE
+        weight = self.model.lm_head.weight
+        return cross_entropy(hidden[0][learned], weight, targets[0][learned]) / self._total
+
+    def _scaled_aux(self, stats: list[RouterStats], shard: Shard) -> Tensor:
+        """Return this rank's part of a row's balancing loss, of the layers that it has."""
+        optim = self.recipe.optim
+        group = self.mesh.group("cp" if optim.aux_loss_over == "row" else "tokens")
+        shared = share_stats(stats, shard.tokens.shape[1], group)
+        losses = [
+            load_balancing_loss(s.load, s.probability, optim.aux_loss_normalization)
+            for s in shared
+        ]
+        aux = torch.stack(losses).sum() / self.recipe.model.num_hidden_layers
+        share = self._shares[self._number]
+        self._number += 1
+        self._aux_sum += float(aux.detach()) * share / dist.get_world_size(group)
+        return optim.aux_loss_coef * share * aux
+
+    def _sums(
+        self, nll: float, num_tokens: int, shards: list[Shard], router: list[list[RouterStats]]
+    ) -> StepSums:
+        """Add up what all ranks saw; every tp rank saw the same."""
+        config, layout = self.recipe.model, self.mesh.layout
+        shape = (config.num_hidden_layers, config.num_local_experts)
+        load = torch.zeros(shape, dtype=torch.float64)
+        dropped, entropy, tokens = (torch.zeros(shape[0]).double() for _ in range(3))
+        for shard, stats in zip(shards, router, strict=True):
+            length = shard.tokens.shape[1]
+            for layer, s in zip(self.parallel.layers, stats, strict=True):
+                load[layer] += s.load.cpu().double() * length
+                entropy[layer] += float(s.entropy) * length
+                dropped[layer] += float(s.dropped)
+                tokens[layer] += length
+        rows = num_tokens / (layout.cp * layout.pp)
+        scalars = torch.tensor([nll, self._aux_sum, rows], dtype=torch.float64)
+        total = self._sum(torch.cat((load.flatten(), dropped, entropy, tokens, scalars)))
+        load, dropped, entropy, tokens, scalars = (total / layout.tp).split(
+            [load.numel(), shape[0], shape[0], shape[0], 3]
+        )
+        return StepSums(
+            nll=float(scalars[0]),
+            aux=float(scalars[1]),
+            num_targets=round(self._total),
+            num_tokens=round(float(scalars[2])),
+            load=(load.view(shape) / tokens[:, None]).float(),
+            dropped=dropped,
+            entropy=entropy / tokens,
+        )
+
+    def clip(self, max_norm: float) -> float:
+        """Scale all gradients to a joint norm of at most `max_norm`; return the norm before."""
+        parameters = self.parallel.parameters
+        gradients = {n: local_part(p.grad) for n, p in parameters.items() if p.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        replicas = torch.tensor([self.parallel.replicas[name] for name in gradients])
+        squares = torch.stack(norms).double().cpu().square() / replicas
+        norm = math.sqrt(float(self._sum(squares.sum()[None])))
+        if 0 < max_norm < norm < float("inf"):
+            torch._foreach_mul_(list(gradients.values()), max_norm / (norm + 1e-6))
+        return norm
+
+    def update(self, applies: bool) -> None:
+        """Change the weights by the gradients, if they are to be applied, and drop these."""
+        if applies:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def held_out_nll(self, held_out: HeldOut) -> float:
+        """Return the negative log-likelihood of all targets, in nats."""
+        self.parallel.stage.eval()
+        self._total, total = 1.0, 0.0
+        for batch, counts in self._own_batches(held_out):
+            shard = self.parallel.shard(batch.tokens, batch.targets, batch.cu_seqlens)
+            if self._pipeline is not None:
+                loss = self._pipeline.evaluate(shard)
+            else:
+                hidden, _ = self.model.hidden_states(
+                    shard.tokens, shard.cu_seqlens, shard.positions
+                )
+                loss = self._nll(hidden, shard.targets)
+            total += float(loss) if counts and loss is not None else 0.0
+        self.parallel.stage.train()
+        self.parallel.reshard()
+        return float(self._sum(torch.tensor([total]).double())) / self.mesh.layout.tp
+
+    def _own_batches(self, held_out: HeldOut) -> Iterator[tuple[PackedBatch, bool]]:
+        """Yield as many batches as every rank has, and whether each counts."""
+        size, first, number = self.mesh.layout.num_rows, None, -1
+        for number, batch in enumerate(held_out):
+            first = batch if first is None else first
+            if number % size == self._row:
+                yield _lengthened(batch, self.parallel.least_tokens), True
+        if first is not None and (number + 1) % size and self._row >= (number + 1) % size:
+            yield _lengthened(first, self.parallel.least_tokens), False
+
+    def save(self, folder: Path, progress: Progress, keep_last: int) -> None:
+        """Begin to write a checkpoint; the one before must have its name first."""
+        self.finish_saving(waits=True)
+        note_random_state(progress)
+        target = folder / f"step_{progress.step:08d}"
+        staging = folder / f".{target.name}.tmp"
+        if self.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / SHARDED).mkdir(parents=True)
+            (staging / "config.json").write_text(json.dumps(self.recipe.model.to_dict()) + "\n")
+            state = json.dumps(dataclasses.asdict(progress), indent=2) + "\n"
+            (staging / "state.json").write_text(state)
+        dist.barrier()
+        parts = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
+        files = save_parts(staging / SHARDED, parts, self._save_group, in_background=True)
+        self._saving = _Saving(files, staging, target, keep_last)
+
+    def finish_saving(self, waits: bool) -> None:
+        """Give a checkpoint that is written its name; with `waits`, when it is written."""
+        saving = self._saving
+        if saving is None or not (waits or saving.files.done()):
+            return
+        self._saving = None
+        try:
+            saving.files.result()
+            if self.is_main:
+                publish_folder(saving.staging, saving.target)
+                drop_old(saving.target.parent, saving.keep_last)
+        except Exception as error:
+            raise CheckpointError(f"cannot save {saving.target}: {error}") from None
+
+    def load(self, checkpoint: Path) -> Progress:
+        """Go on from a checkpoint, of any number of processes."""
+        progress = read_progress(checkpoint)
+        parameters, boxes = self.parallel.parameters, self.parallel.boxes
+        if is_sharded(checkpoint):
+            check_same_model(checkpoint, self.recipe.model)
+            load_parts(checkpoint, parameters, boxes, self.optimizer)
+        else:
+            check_same_model(checkpoint / "model", self.recipe.model)
+            for _, tensors in FromFolder(checkpoint / "model").parts(self.recipe.model, boxes):
+                for name, tensor in tensors.items():
+                    self.parallel.local(name).copy_(tensor)
+            file = checkpoint / "optimizer.safetensors"
+            load_moments_of_one(file, parameters, boxes, self.optimizer)
+        set_random_state(progress)
+        return progress
+
+    def export(self, folder: Path) -> None:
+        """Write the finished model: each rank some of its files, from parts on disk."""
+        self.finish_saving(waits=True)
+        staging = folder.with_name(f".{folder.name}.tmp")
+        parts = folder.with_name(f".{folder.name}.parts")
+        if self.is_main:
+            for path in (staging, parts):
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir(parents=True)
+        dist.barrier()
+        weights = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
+        weights = {name: part for name, part in weights.items() if name.startswith("model/")}
+        save_parts(parts, weights, self._save_group)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        export_files(SavedParts(parts), self.recipe.model, staging, torch.float32, rank, size)
+        dist.barrier()
+        if self.is_main:
+            self.material.tokenizer.save(staging)
+            publish_folder(staging, folder)
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)
+        dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return bool(self._sum(torch.tensor([float(flag)]))[0])
+
+    def balance(self) -> str:
+        """Return how evenly the last step's tokens went to experts and ranks, as text."""
+        received = [0] * self.recipe.model.num_hidden_layers
+        for number, layer in zip(self.parallel.layers, self.model.layers, strict=True):
+            dispatch = layer.block_sparse_moe.dispatch
+            assert isinstance(dispatch, ExpertsAcrossRanks)
+            received[number] = dispatch.received
+        rows, sums = gather_rows(received, self._save_group), self._last
+        if sums is None:
+            return ""
+        stages = [rows[:, layer].nonzero().flatten() for layer in range(rows.shape[1])]
+        return balance_table(
+            [
+                Balance(layer, load, rows[ranks, layer], int(sums.dropped[layer]), entropy)
+                for layer, (load, ranks, entropy) in enumerate(
+                    zip(sums.load, stages, sums.entropy.tolist(), strict=True)
+                )
+            ]
+        )
+
+    def finished_model(self, folder: Path) -> Model:
+        """Return the whole model, read from disk."""
+        return load_model(folder, dtype="float32")
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Return the sum of a CPU tensor over all ranks, the same bits on each."""
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+
+def _lengthened(batch: PackedBatch, least: int) -> PackedBatch:
+    """Return a batch of enough tokens, with a document that carries no loss if need be."""
+    missing = least - batch.tokens.shape[1]
+    if missing <= 0:
+        return batch
+    end = int(batch.cu_seqlens[-1]) + missing
+    return PackedBatch(
+        tokens=torch.nn.functional.pad(batch.tokens, (0, missing)),
+        targets=torch.nn.functional.pad(batch.targets, (0, missing), value=IGNORE),
+        cu_seqlens=torch.cat((batch.cu_seqlens, batch.cu_seqlens.new_tensor([end]))),
+        num_targets=batch.num_targets,
+    )
