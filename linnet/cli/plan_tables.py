@@ -24,7 +24,7 @@ def print_plan(
     """Print the answer for one length: the sentence, the tables, the reasons."""
     from rich.console import Console
 
-    from linnet.parallel.plan import headline, reasons
+    from linnet.parallel.plan import ServingJob, headline, reasons
 
     console = Console()
     plans = tried[-1]
@@ -41,7 +41,7 @@ def print_plan(
     for line in reasons(config, cluster, tried):
         console.print(f"- {line}", highlight=False, soft_wrap=True)
     console.print("Assumed", style="bold")
-    for line in assumptions(cluster, efficiency, plans):
+    for line in assumptions(cluster, efficiency, isinstance(plans.job, ServingJob)):
         console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
@@ -50,10 +50,12 @@ def print_lengths(model: str, cluster: "Cluster", answers: "Sequence[Plans]") ->
     from rich.console import Console
     from rich.table import Table
 
-    from linnet.parallel.plan import ServingJob, gib, time_text, tokens_text
+    from linnet.parallel.plan import ServingJob, gib, rate_text, time_text, tokens_text
 
     table = Table(title=f"{model} on {cluster}")
-    for name in ("context", "layout", "GiB per GPU", "time", "tokens/s", "MFU", "limited by"):
+    is_serving = isinstance(answers[0].job, ServingJob)
+    times = ("first token", "tokens/s then") if is_serving else ("step", "tokens/s")
+    for name in ("context", "layout", "GiB", *times, "MFU", "limited by"):
         table.add_column(name, justify="left" if name in ("layout", "limited by") else "right")
     for plans in answers:
         context = tokens_text(plans.job.context)
@@ -69,17 +71,15 @@ def print_lengths(model: str, cluster: "Cluster", answers: "Sequence[Plans]") ->
             f"{best.layout}{weights}",
             gib(best.needed_bytes),
             time_text(first.seconds),
-            f"{last.tokens_per_s:,.1f}",
+            rate_text(last.tokens_per_s),
             f"{first.mfu:.1%}",
             first.limit,
         )
     Console().print(table)
 
 
-def assumptions(cluster: "Cluster", efficiency: "Efficiency", plans: "Plans") -> list[str]:
+def assumptions(cluster: "Cluster", efficiency: "Efficiency", is_serving: bool) -> list[str]:
     """Return what the numbers rest on."""
-    from linnet.parallel.plan import ServingJob
-
     device = cluster.device
     e = efficiency
     lines = [
@@ -90,20 +90,20 @@ def assumptions(cluster: "Cluster", efficiency: "Efficiency", plans: "Plans") ->
         f"lightning core {e.lightning:g}, fp32 head {e.head:g}, memory bandwidth {e.hbm:g}, links "
         f"{e.links:g}; {e.memory:g} of the memory; the fullest expert rank has 1/"
         f"{e.expert_balance:g} of the mean. Replace with --efficiency.",
-        f"Exchanges: during {e.overlap:g} of the computing, LASP+ runs behind the lightning core, keys and values behind the softmax core, "
-        f"FSDP behind all computing, {e.hidden_dispatch:g} of the experts' behind other experts; "
-        "sums over tp behind nothing.",
+        f"Exchanges proceed during {e.overlap:g} of the computing that hides them: LASP+ behind "
+        "the lightning core, keys and values behind the softmax core, FSDP behind all computing, "
+        f"{e.hidden_dispatch:g} of the experts' behind other experts; sums over tp behind nothing.",
     ]
-    if isinstance(plans.job, ServingJob):
+    if is_serving:
         lines.append(
-            "Layouts are ranked by a prompt and 1,024 further tokens. `linnet serve` runs on one "
-            "device so far: layouts of several are what this model would need."
+            "Layouts are ranked by a prompt and 1,024 further tokens. `linnet serve` itself runs "
+            "on one device; a layout of several says what this model needs."
         )
     return lines
 
 
 def _layouts(estimates: "Sequence[Estimate]") -> "Table":
-    from linnet.parallel.plan import gib, time_text
+    from linnet.parallel.plan import gib, rate_text, time_text
 
     first = estimates[0]
     names = [name for name in first.choices if len({e.choices[name] for e in estimates}) > 1]
@@ -114,7 +114,7 @@ def _layouts(estimates: "Sequence[Estimate]") -> "Table":
     for e in estimates:
         row = [str(e.layout), *(e.choices[name] for name in names), gib(e.needed_bytes)]
         for phase in e.phases:
-            row += [time_text(phase.seconds), f"{phase.tokens_per_s:,.1f}"]
+            row += [time_text(phase.seconds), rate_text(phase.tokens_per_s)]
         rows.append([*row, f"{e.phases[0].mfu:.1%}"])
     same = ", ".join(
         f"{name} {value}" for name, value in first.choices.items() if name not in names

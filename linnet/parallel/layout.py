@@ -61,7 +61,7 @@ class Layout:
             ConfigError: the sizes do not multiply to the world; says the arithmetic.
         """
         others = math.prod(sizes.get(axis, 1) for axis in DENSE_AXES if axis != "dp_shard")
-        product = "*".join(f"{axis}={sizes.get(axis, 1)}" for axis in DENSE_AXES if axis in sizes)
+        product = "*".join(f"{a}={sizes[a]}" for a in DENSE_AXES if sizes.get(a, 1) != 1)
         if dp_shard == -1:
             if others < 1 or world_size % others:
                 raise ConfigError(

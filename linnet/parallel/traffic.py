@@ -45,7 +45,7 @@ class Traffic(TorchDispatchMode):
             kept = args[3][rank] * args[0][:1].nbytes if len(args[0]) else 0
             self._add("all_to_all", args[0].nbytes - kept)
         elif kind == "allreduce_":
-            size = args[1].size()
+            size = dist.ProcessGroup.unbox(args[1]).size()
             self._add("all_reduce", 2 * _nbytes(args[0]) * (size - 1) // size)
         elif kind == "recv_":
             self._add("receive", _nbytes(args[0]))

@@ -333,6 +333,7 @@ class ManyRanks:
         except Exception as error:
             raise CheckpointError(f"cannot save {saving.target}: {error}") from None
 
+    @torch.no_grad()
     def load(self, checkpoint: Path) -> Progress:
         """Go on from a checkpoint, of any number of processes."""
         progress = read_progress(checkpoint)

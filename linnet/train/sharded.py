@@ -54,6 +54,7 @@ def parts_of(
     return parts
 
 
+@torch.no_grad()
 def load_parts(
     checkpoint: Path, parameters: Named, boxes: Boxes, optimizer: torch.optim.AdamW
 ) -> None:
@@ -77,6 +78,7 @@ def begin_moments(parameters: Named, optimizer: torch.optim.AdamW, step: float) 
         optimizer.state[parameter] = {"step": torch.tensor(step), **moments}
 
 
+@torch.no_grad()
 def load_moments_of_one(
     file: Path, parameters: Named, boxes: Boxes, optimizer: torch.optim.AdamW
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 def _work(rank: int, size: int, port: int, connection: Connection) -> None:

@@ -33,8 +33,9 @@ def inputs(length, dtype):
 
 def whole(length, dtype):
     q, k, v, upstream, decay = inputs(length, dtype)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, _ = reference(*map(torch.nn.functional.silu, leaves), decay)
+    q, k, v = leaves = [x.requires_grad_() for x in (q, k, v)]
+    silu = torch.nn.functional.silu
+    o, _ = reference(silu(q), silu(k), silu(v), decay)
     o.backward(upstream)
     return [o.detach(), *(x.grad for x in leaves)]
 
@@ -42,9 +43,9 @@ def whole(length, dtype):
 def on_rank(group, length, dtype):
     own = split_row([0, length], dist.get_world_size(group)).tokens(dist.get_rank(group))
     q, k, v, upstream, decay = inputs(length, dtype)
-    leaves = [x[:, own].clone().requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves = [x[:, own].clone().requires_grad_() for x in (q, k, v)]
     offsets = torch.tensor([0, length])
-    o, _ = lasp_of(group)(*leaves, decay, cu_seqlens=offsets, return_state=False, activation="silu")
+    o, _ = lasp_of(group)(q, k, v, decay, cu_seqlens=offsets, return_state=False, activation="silu")
     o.backward(upstream[:, own])
     return own, [o.detach(), *(x.grad for x in leaves)]
 

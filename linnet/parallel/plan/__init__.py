@@ -10,23 +10,34 @@ curves     the same over lengths, beside a model of softmax attention alone
 answer     in words
 """
 
-from linnet.parallel.plan.answer import gib, headline, reasons, time_text, tokens_text
+from linnet.parallel.plan.answer import (
+    gib,
+    headline,
+    rate_text,
+    reasons,
+    time_text,
+    tokens_text,
+)
+from linnet.parallel.plan.curves import TRAINING_GPUS, Curves, both_curves
 from linnet.parallel.plan.estimate import Estimate, Phase, estimate_as_dict
 from linnet.parallel.plan.hardware import DEVICES, Cluster, Device, Efficiency, cluster_of
 from linnet.parallel.plan.search import (
     Plans,
     check_fixed,
+    gpus_needed,
     search_any_weights,
     search_serving,
     search_training,
 )
-from linnet.parallel.plan.serving import ServingJob
-from linnet.parallel.plan.training import TrainingJob
+from linnet.parallel.plan.serving_memory import ServingJob
+from linnet.parallel.plan.training_volumes import TrainingJob
 from linnet.parallel.plan.volumes import Volume
 
 __all__ = [
     "DEVICES",
+    "TRAINING_GPUS",
     "Cluster",
+    "Curves",
     "Device",
     "Efficiency",
     "Estimate",
@@ -35,11 +46,14 @@ __all__ = [
     "ServingJob",
     "TrainingJob",
     "Volume",
+    "both_curves",
     "check_fixed",
     "cluster_of",
     "estimate_as_dict",
     "gib",
+    "gpus_needed",
     "headline",
+    "rate_text",
     "reasons",
     "search_any_weights",
     "search_serving",

@@ -6,8 +6,8 @@ from linnet.model.config import SOFTMAX, ModelConfig
 from linnet.model.cost import cost_of, prefill_flops
 from linnet.parallel.plan.estimate import BUBBLE, Estimate, Phase
 from linnet.parallel.plan.hardware import GIB, Cluster
-from linnet.parallel.plan.search import Plans
-from linnet.parallel.plan.serving import WEIGHT_BYTES, ServingJob
+from linnet.parallel.plan.search import Plans, gpus_needed
+from linnet.parallel.plan.serving_memory import ServingJob
 from linnet.parallel.plan.shape import softmax_twin
 
 WORDS = {
@@ -49,13 +49,13 @@ def headline(model: str, cluster: Cluster, plans: Plans) -> str:
         return (
             f"{cluster} hold {each}{context} tokens of {model} with {plans.job.weights} weights: "
             f"{best.layout}, {memory}; the first token after {time_text(prefill.seconds)}, then "
-            f"{decode.tokens_per_s:,.1f} tokens/s. The prompt is limited by "
+            f"{rate_text(decode.tokens_per_s)} tokens/s. The prompt is limited by "
             f"{limit_text(prefill)}; generation by {limit_text(decode)}."
         )
     step = best.phases[0]
     return (
         f"{cluster} train {model} at {context} tokens: {best.layout}, {memory}; "
-        f"{step.tokens_per_s:,.0f} tokens/s, {time_text(step.seconds)} per step of "
+        f"{rate_text(step.tokens_per_s)} tokens/s, {time_text(step.seconds)} per step of "
         f"{best.choices['tokens per step']} tokens, MFU {step.mfu:.1%}. Limited by "
         f"{limit_text(step)}."
     )
@@ -73,6 +73,8 @@ def reasons(config: ModelConfig, cluster: Cluster, tried: Sequence[Plans]) -> li
     lines = []
     for failed in tried[:-1]:
         assert isinstance(failed.job, ServingJob)
+        if failed.smallest is None:
+            continue
         lines.append(f"{failed.job.weights} weights do not fit." + _shortfall(failed))
     if not plans.best:
         return [*lines, _what_would_help(config, cluster, plans)]
@@ -170,19 +172,18 @@ def _remedy(phase: Phase) -> str:
 def _what_would_help(config: ModelConfig, cluster: Cluster, plans: Plans) -> str:
     if plans.smallest is None:
         return "No layout divides this model, length and batch over these GPUs: change one of them."
-    if isinstance(plans.job, ServingJob):
-        options = ["more GPUs"]
-        if plans.job.weights != "int8":
-            options.append(
-                f"int8 weights ({sum(WEIGHT_BYTES[plans.job.weights])} to 2 bytes for an element "
-                "of attention and one of experts)"
-            )
-        if plans.job.keys != "fp8" and any(kind == SOFTMAX for kind in config.attn_type_list):
-            options.append("fp8 keys and values (--kv fp8)")
-        options.append("a shorter context or fewer sequences")
-    else:
-        options = ["more GPUs", "a shorter context", "recomputation (--recompute full)"]
-    return "What would help: " + ", ".join(options) + f". {cluster.device.name} was assumed."
+    if not isinstance(plans.job, ServingJob):
+        return "What would help: more GPUs, a shorter context, recomputation (--recompute full)."
+    options = []
+    needed = gpus_needed(config, cluster.device, plans.job)
+    if needed is not None:
+        options.append(f"{needed:,} x {cluster.device.name}")
+    if plans.job.weights != "int8":
+        options.append("int8 weights (--weights int8)")
+    if plans.job.keys != "fp8" and any(kind == SOFTMAX for kind in config.attn_type_list):
+        options.append("fp8 keys and values (--kv fp8)")
+    options.append("a shorter context or fewer sequences")
+    return "What would help: " + ", ".join(options) + "."
 
 
 def _shortfall(plans: Plans) -> str:
@@ -222,8 +223,15 @@ def tokens_text(num_tokens: int) -> str:
     return f"{num_tokens:,}"
 
 
+def rate_text(per_s: float) -> str:
+    """Return a rate with a decimal if it is small."""
+    return f"{per_s:,.1f}" if per_s < 1000 else f"{per_s:,.0f}"
+
+
 def time_text(seconds: float) -> str:
     """Return a time with a unit that suits it."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
     if seconds < 1:
         return f"{seconds * 1e3:.1f} ms"
     if seconds < 180:

@@ -116,21 +116,23 @@ def exposed_seconds(
         efficiency: how much of the computing hides anything, and of the experts' exchanges.
     """
     hiding = {part: seconds * efficiency.overlap for part, seconds in compute.items()}
-    result: dict[str, float] = {}
+    behind = {
+        "expert all-to-all": hiding.get("experts", 0.0),
+        "expert width": hiding.get("experts", 0.0),
+        "LASP+ states": hiding.get("lightning attention", 0.0),
+        "keys and values": hiding.get("softmax attention", 0.0),
+    }
+    free = sum(hiding.values())
     sharding = 0.0
+    result: dict[str, float] = {}
     for name, seconds in exchange_s.items():
-        if name in ("expert all-to-all", "expert width"):
-            behind = min(seconds * efficiency.hidden_dispatch, hiding.get("experts", 0.0))
-        elif name == "LASP+ states":
-            behind = hiding.get("lightning attention", 0.0)
-        elif name == "keys and values":
-            behind = hiding.get("softmax attention", 0.0)
-        elif name.startswith("FSDP"):
+        if name.startswith("FSDP"):
             sharding += seconds
             continue
-        else:
-            behind = 0.0
-        result[name] = max(0.0, seconds - behind)
+        most = seconds * efficiency.hidden_dispatch if name.startswith("expert") else seconds
+        hidden = min(most, behind.get(name, 0.0))
+        free -= hidden  # FSDP has the links only while they are not in use
+        result[name] = seconds - hidden
     if sharding:
-        result["FSDP weights and gradients"] = max(0.0, sharding - sum(hiding.values()))
+        result["FSDP weights and gradients"] = max(0.0, sharding - max(0.0, free))
     return result

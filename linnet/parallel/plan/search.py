@@ -9,14 +9,11 @@ from linnet.errors import ConfigError
 from linnet.model.config import ModelConfig
 from linnet.parallel.layout import Layout
 from linnet.parallel.plan.estimate import Estimate
-from linnet.parallel.plan.hardware import Cluster, Efficiency
-from linnet.parallel.plan.serving import ServingJob, Weights, estimate_serving
-from linnet.parallel.plan.training import (
-    BATCH_TOLERANCE,
-    TrainingChoice,
-    TrainingJob,
-    estimate_training,
-)
+from linnet.parallel.plan.hardware import Cluster, Device, Efficiency
+from linnet.parallel.plan.serving import estimate_serving
+from linnet.parallel.plan.serving_memory import ServingJob, Weights
+from linnet.parallel.plan.training import BATCH_TOLERANCE, estimate_training
+from linnet.parallel.plan.training_volumes import TrainingChoice, TrainingJob
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 MOST_STAGES = 32
@@ -98,6 +95,25 @@ def search_any_weights(
         if tried[-1].best:
             break
     return tried
+
+
+def gpus_needed(
+    config: ModelConfig,
+    device: Device,
+    job: ServingJob,
+    efficiency: Efficiency | None = None,
+    most: int = 1024,
+) -> int | None:
+    """Return the fewest GPUs, of 1, 2, 4, ... or whole nodes, that hold a job; None if too many."""
+    count = 1
+    while count <= most:
+        if search_serving(config, Cluster(count, device), job, efficiency).best:
+            return count
+        per_node = device.gpus_per_node
+        count = min(2 * count, per_node) if count < per_node else count + per_node
+        if count > 16 * per_node:  # by powers of two from there
+            count = 2 * (count - per_node)
+    return None
 
 
 def _ranked(job: TrainingJob | ServingJob, estimates: list[Estimate]) -> Plans:

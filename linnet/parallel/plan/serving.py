@@ -1,16 +1,12 @@
-"""The memory of serving on a layout, and the time to the first token and to each further one.
+"""The time to the first token on a layout, and to each further one.
 
-Weights are not sharded by FSDP; embedding and LM head are cut over tp, as serving engines do. A
-prompt is taken in by chunks; with cp its keys and values are spread evenly over the cp ranks, and
-either they travel or the queries do, whichever is less. States are kept on every cp rank.
+A prompt is taken in by chunks; with cp, either keys and values travel or the queries do, whichever
+is less (`linnet.parallel.spread_keys`).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
-from linnet.errors import ConfigError
-from linnet.model.config import LIGHTNING, SOFTMAX, ModelConfig
+from linnet.model.config import ModelConfig
 from linnet.model.cost import decode_flops, prefill_flops
 from linnet.parallel.layout import Layout
 from linnet.parallel.plan.estimate import (
@@ -21,6 +17,7 @@ from linnet.parallel.plan.estimate import (
     exposed_seconds,
 )
 from linnet.parallel.plan.hardware import GIB, Cluster, Efficiency
+from linnet.parallel.plan.serving_memory import ServingJob, serving_memory, weight_bytes
 from linnet.parallel.plan.shape import (
     BF16,
     FP32,
@@ -30,101 +27,15 @@ from linnet.parallel.plan.shape import (
     prefill_parts,
     stages_of,
 )
-from linnet.parallel.plan.training_memory import activation_bytes
 from linnet.parallel.plan.volumes import (
     Volume,
     keys_bytes,
     layer_volumes,
     shared_tokens,
-    state_bytes,
 )
-
-Weights = Literal["bf16", "int8", "experts-int8"]
-KeysDtype = Literal["bf16", "fp8"]
-
-WEIGHT_BYTES: dict[Weights, tuple[int, int]] = {
-    "bf16": (2, 2),
-    "experts-int8": (2, 1),
-    "int8": (1, 1),
-}
-"""Bytes of an element of (attention, experts); embedding and LM head stay bf16, routers fp32."""
 
 REQUEST_TOKENS = 1024
 """Layouts are ranked by the time of a prompt and an answer of so many tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingJob:
-    """What is to be served.
-
-    Raises:
-        ConfigError: a number is not positive.
-    """
-
-    context: int
-    """Tokens of each sequence."""
-    sequences: int = 1
-    """That are in memory at once."""
-    weights: Weights = "bf16"
-    keys: KeysDtype = "bf16"
-    chunk_tokens: int = 8192
-    """Of a prompt that are taken in at a time."""
-
-    def __post_init__(self) -> None:
-        for name in ("context", "sequences", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
-
-    @property
-    def keys_itemsize(self) -> int:
-        """Bytes of one element of keys and values."""
-        return 2 if self.keys == "bf16" else 1
-
-
-def serving_memory(
-    config: ModelConfig, stage: Stage, layout: Layout, job: ServingJob
-) -> dict[str, float]:
-    """Return the bytes of each part on the fullest rank of a stage."""
-    sequences = math.ceil(job.sequences / layout.dp_replicate)
-    context = job.context * sequences / layout.cp
-    itemsize = job.keys_itemsize
-    return {
-        **weight_bytes(config, stage, layout, job.weights),
-        "keys and values": keys_bytes(config, layout, context, itemsize) * stage.num_softmax,
-        "lightning states": state_bytes(config, layout.tp) * stage.num_lightning * sequences,
-        "activations of a chunk": _chunk_bytes(config, stage, layout, job, sequences),
-    }
-
-
-def weight_bytes(
-    config: ModelConfig, stage: Stage, layout: Layout, weights: Weights
-) -> dict[str, float]:
-    """Return the bytes of a rank's weights, scales included: of experts, and all others."""
-    attention, experts = WEIGHT_BYTES[weights]
-    parts = layout.ep * layout.etp
-    per_row = 0
-    if experts == 1:  # one fp32 scale per row of each matrix
-        rows = 2 * config.intermediate_size / layout.etp + config.hidden_size
-        per_row = FP32 * rows * config.num_local_experts / layout.ep * stage.num_layers
-    others = attention * stage.attention / layout.tp + FP32 * stage.whole
-    others += BF16 * (stage.embedding + stage.head) / layout.tp
-    return {
-        "expert weights": experts * stage.experts / parts + per_row,
-        "other weights": others,
-    }
-
-
-def _chunk_bytes(
-    config: ModelConfig, stage: Stage, layout: Layout, job: ServingJob, sequences: int
-) -> float:
-    """Return the bytes of the largest block's activations, logits, and one widened expert."""
-    tokens = min(job.chunk_tokens, job.context) / layout.cp
-    kinds = [LIGHTNING] * (stage.num_lightning > 0) + [SOFTMAX] * (stage.num_softmax > 0)
-    # Attention and experts do not run at once, and hidden states cross both.
-    largest = max(max(activation_bytes(config, kind, layout, tokens)) for kind in kinds)
-    logits = 2 * FP32 * sequences * config.vocab_size * (stage.head > 0)
-    widened = BF16 * expert_params(config) / layout.etp * (job.weights != "bf16")
-    return largest + 2 * tokens * config.hidden_size * BF16 + logits + widened
 
 
 def estimate_serving(
@@ -201,10 +112,9 @@ def _prefill_seconds(
     peak = cluster.device.tflops * 1e12
     hbm = cluster.device.hbm_gbs * 1e9 * efficiency.hbm
     heads = layout.cp * layout.tp
-    routed = layout.cp if layout.ep * layout.etp == 1 else heads
     balance = efficiency.expert_balance if layout.ep > 1 else 1.0
     dense = flops.attention / heads + (flops.whole + flops.head / layout.tp) / layout.cp
-    experts = flops.experts / routed / (peak * efficiency.experts * balance)
+    experts = flops.experts / heads / (peak * efficiency.experts * balance)
     return {
         "attention projections": max(
             dense / (peak * efficiency.matmul), num_chunks * read["other weights"] / hbm
@@ -245,7 +155,7 @@ def _decode(
     volumes: list[Volume] = []
     for stage in stages_of(config, layout.pp, job.context):  # one after the other
         compute = _decode_seconds(config, stage, layout, job, cluster, efficiency)
-        own = [*layer_volumes(config, stage, layout, sequences)]
+        own = [*layer_volumes(config, stage, layout, sequences, num_groups=1)]
         if layout.cp > 1 and stage.num_softmax:
             row = config.inner_size / layout.tp * (BF16 + FP32)
             moved = (layout.cp - 1) * sequences * row * stage.num_softmax

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from linnet.errors import ConfigError
 from linnet.model.config import ModelConfig
 from linnet.model.cost import training_flops
 from linnet.parallel.layout import Layout
@@ -15,56 +14,22 @@ from linnet.parallel.plan.estimate import (
     exposed_seconds,
 )
 from linnet.parallel.plan.hardware import GIB, Cluster, Efficiency
-from linnet.parallel.plan.shape import (
-    BF16,
-    FP32,
-    GATHER_BYTES,
-    Gather,
-    Stage,
-    forward_parts,
-    stages_of,
-)
+from linnet.parallel.plan.shape import FP32, GATHER_BYTES, Stage, forward_parts, stages_of
 from linnet.parallel.plan.training_memory import Microbatch, sharded_params, training_memory
-from linnet.parallel.plan.volumes import Volume, key_exchange_bytes, layer_volumes
+from linnet.parallel.plan.training_volumes import (
+    TrainingChoice,
+    TrainingJob,
+    microbatch_volumes,
+    replica_volumes,
+    sharding_volumes,
+)
+from linnet.parallel.plan.volumes import Volume
 
 BATCH_TOLERANCE = 0.25
 """Tokens of a step may differ so much from what was asked, if rows do not divide them."""
 
 SOFTMAX_BACKWARD = 2.5
 """Over forward: the scores are formed again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingJob:
-    """What is to be trained.
-
-    Raises:
-        ConfigError: fewer tokens in a batch than in a sequence.
-    """
-
-    context: int
-    """Tokens of a sequence; one document each, which is the worst case for attention."""
-    batch_tokens: int
-    """Of a step, over all ranks."""
-    gather: Gather = "bf16"
-    """Dtype in which FSDP gathers fp32 weights."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.context <= self.batch_tokens:
-            raise ConfigError(
-                f"a batch of {self.batch_tokens:,} tokens holds no sequence of {self.context:,}; "
-                "raise --batch-tokens"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingChoice:
-    """What is chosen beside the layout."""
-
-    sequences: int
-    """Per row that a rank, or its cp ranks, computes at a time."""
-    recompute: bool
-    is_balanced: bool
 
 
 def estimate_training(
@@ -130,6 +95,41 @@ def _memory(
     return max(candidates, key=lambda parts: sum(parts.values()))
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Forward and backward of one micro-batch in one stage."""
+
+    stage: Stage
+    parts: dict[str, float]
+    volumes: tuple[Volume, ...]
+    exchange_s: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def _turn(
+    config: ModelConfig,
+    stage: Stage,
+    layout: Layout,
+    job: TrainingJob,
+    choice: TrainingChoice,
+    num_micro: int,
+    cluster: Cluster,
+    efficiency: Efficiency,
+) -> _Turn:
+    compute = compute_seconds(config, stage, layout, job, choice, cluster, efficiency)
+    # Stages of a pipeline keep their weights gathered for the whole step.
+    per_micro = 1 / num_micro if layout.pp > 1 else 1.0
+    sharding = sharding_volumes(stage, layout, GATHER_BYTES[job.gather])
+    volumes = microbatch_volumes(config, stage, layout, job, choice)
+    volumes += tuple(volume.times(per_micro) for volume in sharding)
+    exchange_s = exchange_seconds(volumes, layout, cluster, efficiency)
+    exposed = exposed_seconds(exchange_s, compute, efficiency)
+    return _Turn(stage, compute | exposed, volumes, exchange_s)
+
+
 def _step(
     config: ModelConfig,
     layout: Layout,
@@ -141,44 +141,31 @@ def _step(
 ) -> Phase:
     """Return the step of the slowest stage."""
     stages = stages_of(config, layout.pp, job.context)
-    slowest: tuple[float, Stage, dict[str, float], tuple[Volume, ...], dict[str, float]] | None
-    slowest = None
-    for stage in {stages[0], stages[len(stages) // 2], stages[-1]}:
-        compute = compute_seconds(config, stage, layout, job, choice, cluster, efficiency)
-        volumes = microbatch_volumes(config, stage, layout, job, choice)
-        # Stages of a pipeline keep their weights gathered for the whole step.
-        sharding = sharding_volumes(stage, layout, GATHER_BYTES[job.gather])
-        per_micro = 1 / num_micro if layout.pp > 1 else 1.0
-        volumes += tuple(volume.times(per_micro) for volume in sharding)
-        exchange_s = exchange_seconds(volumes, layout, cluster, efficiency)
-        exposed = exposed_seconds(exchange_s, compute, efficiency)
-        parts = {**compute, **exposed}
-        seconds = sum(parts.values())
-        if slowest is None or seconds > slowest[0]:
-            slowest = seconds, stage, parts, volumes, exchange_s
-    assert slowest is not None
-    seconds, stage, parts, volumes, exchange_s = slowest
-    step = {name: value * num_micro for name, value in parts.items()}
-    volumes = tuple(volume.times(num_micro) for volume in volumes)
-    exchange_s = {name: value * num_micro for name, value in exchange_s.items()}
-    replicas = replica_volumes(stage, layout)
+    turn = max(
+        (
+            _turn(config, stage, layout, job, choice, num_micro, cluster, efficiency)
+            for stage in {stages[0], stages[len(stages) // 2], stages[-1]}
+        ),
+        key=lambda turn: turn.seconds,
+    )
+    replicas = replica_volumes(turn.stage, layout)
     replicas_s = exchange_seconds(replicas, layout, cluster, efficiency)
-    step |= replicas_s
+    parts = {name: value * num_micro for name, value in turn.parts.items()} | replicas_s
     if layout.pp > 1:
-        step[BUBBLE] = (layout.pp - 1) * seconds
+        parts[BUBBLE] = (layout.pp - 1) * turn.seconds
     # Reads parameter, gradient and two moments, writes all but the gradient.
-    touched = sharded_params(stage, layout) * 7 * FP32
-    step["optimizer"] = touched / (cluster.device.hbm_gbs * 1e9 * efficiency.hbm)
-    total_s = sum(step.values())
+    touched = sharded_params(turn.stage, layout) * 7 * FP32
+    parts["optimizer"] = touched / (cluster.device.hbm_gbs * 1e9 * efficiency.hbm)
+    total_s = sum(parts.values())
     tokens = num_micro * layout.num_rows * choice.sequences * job.context
-    flops = _flops_per_token(config, job.context) * tokens
+    peak = layout.world_size * cluster.device.tflops * 1e12
     return Phase(
         name="step",
-        parts=step,
-        volumes=(*volumes, *replicas),
-        exchange_s={**exchange_s, **replicas_s},
+        parts=parts,
+        volumes=(*(volume.times(num_micro) for volume in turn.volumes), *replicas),
+        exchange_s={k: v * num_micro for k, v in turn.exchange_s.items()} | replicas_s,
         tokens_per_s=tokens / total_s,
-        mfu=flops / (total_s * layout.world_size * cluster.device.tflops * 1e12),
+        mfu=_flops_per_token(config, job.context) * tokens / (total_s * peak),
     )
 
 
@@ -202,7 +189,6 @@ def compute_seconds(
     row = choice.sequences / layout.cp
     heads = row / layout.tp
     passes = 3 + choice.recompute
-    routed = row if layout.ep * layout.etp == 1 else heads
     balance = efficiency.expert_balance if layout.ep > 1 else 1.0
     lightning = flops.lightning
     if layout.cp > 1:  # the state of each piece, and what earlier pieces add
@@ -215,71 +201,8 @@ def compute_seconds(
     head_peak = cluster.device.fp32_tflops * 1e12 * efficiency.head
     return {
         "attention projections": dense / (peak * efficiency.matmul),
-        "experts": flops.experts * routed * passes / (peak * efficiency.experts * balance),
+        "experts": flops.experts * heads * passes / (peak * efficiency.experts * balance),
         "lightning attention": lightning * heads * passes / (peak * efficiency.lightning),
         "softmax attention": softmax / (peak * efficiency.softmax),
         "LM head and loss, fp32": flops.head * row * 3 / head_peak,
     }
-
-
-def microbatch_volumes(
-    config: ModelConfig, stage: Stage, layout: Layout, job: TrainingJob, choice: TrainingChoice
-) -> tuple[Volume, ...]:
-    """Return what a rank receives for one micro-batch, forward and backward."""
-    tokens = choice.sequences * job.context / layout.cp
-    passes = 2 + choice.recompute
-    layers = layer_volumes(config, stage, layout, tokens, choice.is_balanced)
-    volumes = [volume.times(passes) for volume in layers]
-    if layout.cp > 1 and stage.num_softmax:
-        keys = key_exchange_bytes(config, layout, tokens) * stage.num_softmax
-        hops = (layout.cp - 1) * stage.num_softmax
-        volumes.append(Volume("keys and values", "cp", keys, hops).times(passes + 1))
-    if layout.pp > 1:
-        boundary = 2 * tokens * config.hidden_size * BF16
-        volumes.append(Volume("between stages", "pp", boundary, 2, is_ring=False))
-    return tuple(volumes)
-
-
-def sharding_volumes(stage: Stage, layout: Layout, itemsize: int = BF16) -> tuple[Volume, ...]:
-    """Return what FSDP moves for one micro-batch, or for a step of a pipeline.
-
-    Blocks are gathered forward and, unless a pipeline keeps them, backward; embedding and LM head
-    once, in fp32. Gradients are reduced in fp32.
-
-    Args:
-        stage: whose parameters.
-        layout: of the ranks.
-        itemsize: bytes of an element of the gathered blocks.
-    """
-    gathers = 1 if layout.pp > 1 else 2
-    per_element = gathers * itemsize + FP32
-    root = (stage.embedding + stage.head) * 2 * FP32
-    result = []
-    for name, axis, size, full_bytes in (
-        (
-            "FSDP dense",
-            "fsdp",
-            layout.dp_shard * layout.cp,
-            stage.dense(layout.tp) * per_element + root,
-        ),
-        (
-            "FSDP experts",
-            "edp",
-            layout.edp,
-            stage.experts / (layout.ep * layout.etp) * per_element,
-        ),
-    ):
-        if size > 1:
-            received = full_bytes * (size - 1) / size
-            result.append(Volume(name, axis, received, (gathers + 1) * stage.num_layers))
-    return tuple(result)
-
-
-def replica_volumes(stage: Stage, layout: Layout) -> tuple[Volume, ...]:
-    """Return the sum of dense gradients over replicas, once per step."""
-    if layout.dp_replicate == 1:
-        return ()
-    dense = stage.dense(layout.tp) + stage.embedding + stage.head
-    shard = dense / (layout.dp_shard * layout.cp)
-    received = 2 * (layout.dp_replicate - 1) / layout.dp_replicate * shard * FP32
-    return (Volume("gradients of replicas", "dp_replicate", received, stage.num_layers),)

@@ -58,8 +58,12 @@ def training_memory(
     moments = (
         {"activations kept": activations, **root, **_backward(config, stage, layout, batch)},
         {"activations kept": activations, **root, **_loss(config, stage, batch.tokens)},
-        # Gradients of both, and once more as the buffer that is reduced; nothing else is left.
-        {"embedding and LM head": 2 * FP32 * (stage.embedding + stage.head)},
+        # Gradients of both, and once more as the buffer that is reduced; of the blocks nothing is
+        # left but the last buffer.
+        {
+            "embedding and LM head": 2 * FP32 * (stage.embedding + stage.head),
+            "unsharded blocks": FP32 * dense_params(config, stage, layout),
+        },
     )
     return sharded | max(moments, key=lambda parts: sum(parts.values()))
 
@@ -100,6 +104,13 @@ def activation_bytes(
     return per_token * tokens, per_row * rows * BF16
 
 
+def dense_params(config: ModelConfig, stage: Stage, layout: Layout) -> float:
+    """Return the parameters of the largest block, but for its experts, that a rank gathers."""
+    kinds = [LIGHTNING] * (stage.num_lightning > 0) + [SOFTMAX] * (stage.num_softmax > 0)
+    attention = max(attention_params(config, kind) for kind in kinds) / layout.tp
+    return attention + stage.whole / stage.num_layers
+
+
 def gathered_bytes(
     config: ModelConfig, stage: Stage, layout: Layout, gather_bytes: int = BF16
 ) -> float:
@@ -116,9 +127,7 @@ def gathered_bytes(
     if layout.pp > 1:
         whole = stage.dense(layout.tp) + experts * stage.num_layers
         return whole * (gather_bytes + FP32) + FP32 * experts
-    kinds = [LIGHTNING] * (stage.num_lightning > 0) + [SOFTMAX] * (stage.num_softmax > 0)
-    attention = max(attention_params(config, kind) for kind in kinds) / layout.tp
-    dense = attention + stage.whole / stage.num_layers
+    dense = dense_params(config, stage, layout)
     computing = 2 * dense + 2 * experts
     reducing = 2 * dense + experts
     return max(

@@ -9,6 +9,9 @@ from linnet.model.config import ModelConfig
 from linnet.parallel.layout import Layout
 from linnet.parallel.plan.shape import BF16, FP32, Stage
 
+TOKEN_GROUPS = 2
+"""Parts in which tokens go to their experts, unless there are few."""
+
 
 @dataclass(frozen=True, slots=True)
 class Volume:
@@ -72,8 +75,8 @@ def key_exchange_bytes(
 
 
 def shared_tokens(layout: Layout, tokens: float) -> float:
-    """Return the tokens that a rank routes: tp ranks share theirs out if experts are spread."""
-    return tokens if layout.ep * layout.etp == 1 else tokens / layout.tp
+    """Return the tokens that a rank sends to experts: tp ranks share theirs out."""
+    return tokens / layout.tp
 
 
 def attention_reduce_bytes(
@@ -92,8 +95,6 @@ def collect_bytes(
     config: ModelConfig, layout: Layout, tokens: float, itemsize: int = BF16
 ) -> float:
     """Return what tp gathers after the experts of one layer, or before them in the gradients."""
-    if layout.ep * layout.etp == 1:
-        return 0.0
     return (layout.tp - 1) / layout.tp * tokens * config.hidden_size * itemsize
 
 
@@ -117,7 +118,12 @@ def counts_bytes(config: ModelConfig, layout: Layout, num_groups: int = 1) -> in
 
 
 def layer_volumes(
-    config: ModelConfig, stage: Stage, layout: Layout, tokens: float, is_balanced: bool = False
+    config: ModelConfig,
+    stage: Stage,
+    layout: Layout,
+    tokens: float,
+    is_balanced: bool = False,
+    num_groups: int = TOKEN_GROUPS,
 ) -> tuple[Volume, ...]:
     """Return the exchanges of the layers of a stage, forward, but for keys and values.
 
@@ -127,32 +133,23 @@ def layer_volumes(
         layout: of the ranks.
         tokens: of this rank in the dense cut.
         is_balanced: whether each rank holds an early and a late piece of a row.
+        num_groups: parts in which tokens go to their experts.
     """
     layers, lightning = stage.num_layers, stage.num_lightning
     reduce = attention_reduce_bytes(config, layout, tokens) * layers
     norm = norm_reduce_bytes(layout, tokens) * lightning
-    is_spread = layout.ep * layout.etp > 1
+    collect = collect_bytes(config, layout, tokens) * layers
+    states = lasp_bytes(config, layout, is_balanced) * lightning
+    dispatch = dispatch_bytes(config, layout, tokens) * layers
+    widen = widen_bytes(config, layout, tokens) * layers
+    counts = counts_bytes(config, layout, num_groups) * layers
+    moves = 2 * layers * num_groups
     kinds = (
         Volume("tensor parallel sums", "tp", reduce + norm, layers + lightning),
-        Volume(
-            "tokens after experts", "tp", collect_bytes(config, layout, tokens) * layers, layers
-        ),
-        Volume(
-            "LASP+ states", "cp", lasp_bytes(config, layout, is_balanced) * lightning, lightning
-        ),
-        Volume(
-            "expert all-to-all",
-            "ep",
-            dispatch_bytes(config, layout, tokens) * layers,
-            2 * layers,
-            is_ring=False,
-        ),
-        Volume("expert width", "etp", widen_bytes(config, layout, tokens) * layers, 2 * layers),
-        Volume(
-            "expert counts",
-            "experts",
-            counts_bytes(config, layout) * layers if is_spread else 0,
-            layers,
-        ),
+        Volume("tokens after experts", "tp", collect, layers),
+        Volume("LASP+ states", "cp", states, lightning),
+        Volume("expert all-to-all", "ep", dispatch, moves, is_ring=False),
+        Volume("expert width", "etp", widen, moves),
+        Volume("expert counts", "experts", counts, layers),
     )
     return tuple(volume for volume in kinds if volume.num_bytes)
