@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    rank = _rank()
+    level = logging.INFO if rank in (None, "0") else logging.WARNING  # once is enough
+    logging.basicConfig(level=level, format=f"{_prefix(rank)}%(message)s", stream=sys.stderr)
     try:
         code = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can be caught
@@ -58,5 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # ValueError: a wrong argument to an op or to sampling, worded for the caller.
         if args.debug:
             raise
-        print("linnet: error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"linnet: {_prefix(rank)}error:", " ".join(str(error).split()), file=sys.stderr)
+        if rank is not None:
+            # The other ranks may be gone, and an orderly end would wait for them.
+            sys.stderr.flush()
+            os._exit(1)
         return 1
+
+
+def _rank() -> str | None:
+    """Return the number of this process, if a launcher started several."""
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+
+
+def _prefix(rank: str | None) -> str:
+    return "" if rank is None else f"rank {rank}: "

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train(recipe: "Recipe | SftRecipe", args: argparse.Namespace) -> int:
     """Run a recipe to its end (or to Ctrl-C), print the outcome and write the report."""
-    from linnet.parallel.launch import launched
+    from linnet.parallel.launch import disconnect, launched
     from linnet.train import Trainer, write_report
     from linnet.train.trainer import workers_of
 
@@ -60,6 +60,7 @@ def train(recipe: "Recipe | SftRecipe", args: argparse.Namespace) -> int:
     resume = args.resume or (launch is not None and launch.restarts > 0)
     trainer = Trainer(recipe, resume, show_progress, workers_of(recipe, launch, show_progress))
     run_record = trainer.run()
+    disconnect(launch)
     if not is_main:
         return 0 if trainer.is_complete else 130
     if trainer.is_complete and not run_record["samples"]:

@@ -3,7 +3,8 @@
 from array import array
 from collections.abc import Iterable
 
-from linnet.model.paged import PAGE_SIZE, PagedMemory, Row, pages_of
+from linnet.infer.ranks import Memory
+from linnet.model.paged import PAGE_SIZE, Row, pages_of
 
 
 class Blocks:
@@ -16,7 +17,7 @@ class Blocks:
         memory: whose slots and pages these are.
     """
 
-    def __init__(self, memory: PagedMemory) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._free_slots = list(range(memory.num_slots))[::-1]
         self._free_pages = array("q", range(memory.num_pages - 1, -1, -1))

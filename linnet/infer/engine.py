@@ -11,13 +11,14 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from pathlib import Path
 
-from linnet.errors import Overloaded, PromptTooLong
+from linnet.errors import EngineError, Overloaded, PromptTooLong
 from linnet.infer.blocks import Blocks
 from linnet.infer.choosing import Chooser
 from linnet.infer.completion import choose, note_prompt_logprobs, take
 from linnet.infer.generate import end_tokens
 from linnet.infer.plan import make_plan
 from linnet.infer.prefix_cache import PrefixCache
+from linnet.infer.ranks import EngineRanks, LedMemory, LedRunner
 from linnet.infer.runner import Chunk, Runner
 from linnet.infer.sampler import SamplingParams
 from linnet.infer.scheduler import ALONE, Scheduler
@@ -113,33 +114,41 @@ class Engine:
 
     Args:
         model: in eval mode.
-        settings: how much to take on.
+        settings: how much to take on; bytes are those of each rank.
+        ranks: that share the model, made from it; this is rank 0, and the others `follow`. None for
+            a model of this process alone.
 
     Raises:
+        EngineError: the settings ask for what several ranks do not do.
         MemoryPlanError: the memory that is free is too small for the settings.
     """
 
-    def __init__(self, model: Model, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings | None = None,
+        ranks: EngineRanks | None = None,
+    ) -> None:
         self.model, self.settings = model, settings or EngineSettings()
         settings = self.settings
+        self._ranks = ranks
+        if ranks is not None and settings.spill_folder is not None:
+            raise EngineError(
+                "prefixes are not written to disk over several ranks; leave spill_folder out"
+            )
         self.plan = make_plan(
             model,
             max_sequences=settings.max_sequences,
             chunk_tokens=ALONE * settings.chunk_tokens,
             max_model_len=settings.max_model_len,
             memory_bytes=settings.memory_bytes,
+            config=None if ranks is None else ranks.config,
+            free=None if ranks is None else ranks.free_bytes,
         )
         self.max_model_len = self.plan.max_model_len
         ends = end_tokens(model)
         self.vocabulary = Vocabulary(model.tokenizer, model.config.vocab_size, ends)
-        memory = PagedMemory(
-            model.config,
-            self.plan.num_slots,
-            self.plan.num_pages,
-            model.compute_dtype,
-            model.device,
-        )
-        self._blocks, self._runner = Blocks(memory), Runner(model, memory)
+        self._blocks, self._runner = self._memory_and_runner()
         self._spill = None
         if settings.prefix_cache and settings.spill_folder is not None:
             self._spill = Spill(settings.spill_folder, model, settings.spill_bytes)
@@ -151,7 +160,8 @@ class Engine:
             chunk_tokens=settings.chunk_tokens,
             turn_ids=ends,
             speculative_tokens=settings.speculative_tokens,
-            park_bytes=self.plan.budget_bytes // 10,
+            # Over ranks, what a preempted sequence had taken in is computed again.
+            park_bytes=self.plan.budget_bytes // 10 if ranks is None else 0,
         )
         self._arrivals = itertools.count()
         self._lock = threading.Condition()
@@ -238,6 +248,8 @@ class Engine:
             self._thread.join()
         if self._spill is not None:
             self._spill.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def counters(self) -> EngineCounters:
         """Return what the engine has done and is doing."""
@@ -280,6 +292,8 @@ class Engine:
         # Making room for one sequence may have parked another one that was planned before it.
         work = [(sequence, chunk) for sequence, chunk in work if sequence.row is chunk.row]
         if not work:
+            if self._ranks is not None:
+                self._ranks.keep_waiting()
             return bool(self._scheduler.waiting or self._new)
         try:
             self._run([sequence for sequence, _ in work], [chunk for _, chunk in work])
@@ -289,6 +303,15 @@ class Engine:
         self._totals["steps"] += 1
         self._step_s += time.perf_counter() - begin
         return True
+
+    def _memory_and_runner(self) -> tuple[Blocks, Runner | LedRunner]:
+        model, plan, ranks = self.model, self.plan, self._ranks
+        sizes = (plan.num_slots, plan.num_pages, model.compute_dtype)
+        if ranks is None:
+            memory = PagedMemory(model.config, *sizes, model.device)
+            return Blocks(memory), Runner(model, memory)
+        led = LedMemory(ranks, *sizes)
+        return Blocks(led), LedRunner(ranks, led)
 
     def _checked(self, prompt: Tokens[int]) -> array:
         if not len(prompt):
@@ -327,7 +350,8 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._lock:
-                while not (self._is_stopping or self._new or self._has_work()):
+                # Once in a while a step without work, in which ranks hear of each other.
+                if not (self._is_stopping or self._new or self._has_work()):
                     self._lock.wait(1.0)
                 if self._is_stopping:
                     break
@@ -404,7 +428,8 @@ class Engine:
         self._report(sequence, sequence.end(reason, error=error))
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> None:
-        self._failures += 1
+        # Ranks that failed in the middle of a step are not in step any more.
+        self._failures = MAX_FAILURES if self._ranks is not None else self._failures + 1
         _log.error("a step of %d requests failed", len(sequences), exc_info=error)
         line = " ".join(f"{type(error).__name__}: {error}".split())
         for sequence in sequences:

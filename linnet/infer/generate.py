@@ -1,11 +1,13 @@
 """Text from one model and one prompt: prefill in chunks, decode token by token, stream the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from linnet.infer.choosing import Chooser
 from linnet.infer.sampler import SamplingParams
+from linnet.infer.spread_text import SpreadText
 from linnet.infer.text_output import TextOutput
 from linnet.infer.vocabulary import Vocabulary
 from linnet.model.transformer import Model
@@ -53,16 +55,27 @@ def generate(
     return "".join(stream_text(model, prompt, params))
 
 
-def stream_text(model: Model, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[str]:
+def stream_text(
+    model: Model,
+    prompt: str | Sequence[int],
+    params: SamplingParams,
+    spread: SpreadText | None = None,
+) -> Iterator[str]:
     """Yield the completion piece by piece; the pieces joined are the text of `generate`.
 
     A piece never ends inside a character, nor inside what may become a stop string.
+
+    Args:
+        model: with a tokenizer.
+        prompt: text, or token ids to be used as they are.
+        params: the rules.
+        spread: the ranks that share the model and the text; None for this process alone.
 
     Raises:
         ValueError: at once, as `generate` does.
     """
     output = TextOutput(_tokenizer(model), params.stop, params.include_stop, params.min_tokens)
-    tokens = stream_tokens(model, encode_prompt(model, prompt), params)
+    tokens = stream_tokens(model, encode_prompt(model, prompt), params, spread=spread)
     return _pieces(tokens, output)
 
 
@@ -77,7 +90,11 @@ def _pieces(tokens: Iterator[int], output: TextOutput) -> Iterator[str]:
 
 
 def stream_tokens(
-    model: Model, prompt: Sequence[int], params: SamplingParams, prefill_chunk: int = PREFILL_CHUNK
+    model: Model,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    prefill_chunk: int = PREFILL_CHUNK,
+    spread: SpreadText | None = None,
 ) -> Iterator[int]:
     """Yield the tokens after `prompt`, up to `max_tokens` or an end or stop token, not yielded.
 
@@ -86,7 +103,8 @@ def stream_tokens(
         prompt: ids, at least one.
         params: the rules; `stop` is a matter of text and ignored here, and log-probabilities are
             not reported.
-        prefill_chunk: prompt tokens per forward pass; any value gives the same tokens.
+        prefill_chunk: prompt tokens per forward pass of a rank; any value gives the same tokens.
+        spread: as of `stream_text`.
 
     Raises:
         ValueError: at once, for an empty prompt, a model in training mode, a chunk below 1 or a
@@ -100,28 +118,38 @@ def stream_tokens(
         raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be positive")
     vocabulary = Vocabulary(model.tokenizer, model.config.vocab_size, end_tokens(model))
     chooser = Chooser(params, prompt, vocabulary)
-    return _decode(model, prompt, chooser, params.max_tokens, prefill_chunk)
+    tokens = torch.tensor([list(prompt)], device=model.device)
+    if spread is not None:
+        chunks = tokens.split(prefill_chunk * spread.num_parts, 1)
+        return _decode(chunks, lambda chunk, _: spread.extend(chunk), chooser, params.max_tokens)
+    cache = model.new_cache()
+    return _decode(
+        tokens.split(prefill_chunk, 1),
+        lambda chunk, is_last: model(chunk, cache=cache, logits_to_keep=int(is_last)),
+        chooser,
+        params.max_tokens,
+    )
 
 
 @torch.inference_mode()
 def _decode(
-    model: Model, prompt: Sequence[int], chooser: Chooser, max_tokens: int, prefill_chunk: int
+    chunks: Sequence[Tensor],
+    extend: Callable[[Tensor, bool], Tensor],
+    chooser: Chooser,
+    max_tokens: int,
 ) -> Iterator[int]:
-    cache = model.new_cache()
-    *first_chunks, pending = torch.tensor([list(prompt)], device=model.device).split(
-        prefill_chunk, 1
-    )
+    *first_chunks, pending = chunks
     for chunk in first_chunks:
-        model(chunk, cache=cache, logits_to_keep=0)
+        extend(chunk, False)
     for _ in range(max_tokens):
-        logits = model(pending, cache=cache, logits_to_keep=1)
+        logits = extend(pending, True)
         choice = chooser.choose(logits[0, -1].cpu())
         if choice.is_end or choice.stop_token is not None:
             return
         yield choice.token
         if choice.stop is not None:
             return
-        pending = torch.tensor([[choice.token]], device=model.device)
+        pending = pending.new_tensor([[choice.token]])
 
 
 def encode_prompt(model: Model, prompt: str | Sequence[int]) -> list[int]:

@@ -68,6 +68,8 @@ def make_plan(
     chunk_tokens: int,
     max_model_len: int | None = None,
     memory_bytes: int | None = None,
+    config: ModelConfig | None = None,
+    free: int | None = None,
 ) -> MemoryPlan:
     """Divide memory between states, keys and values, and workspace.
 
@@ -77,14 +79,16 @@ def make_plan(
         chunk_tokens: most new tokens of one step.
         max_model_len: tokens of one request that must fit; None for the config's, or what fits.
         memory_bytes: to use; None for a share of what is free.
+        config: with the heads that are here; None for the model's.
+        free: bytes; None for what this process may still take.
 
     Raises:
         MemoryPlanError: it does not fit; the message has the numbers.
     """
-    config = model.config
-    free = free_bytes(model.device)
+    config = config or model.config
+    free = free_bytes(model.device) if free is None else free
     budget = int(SHARE_OF_FREE * free) if memory_bytes is None else memory_bytes
-    workspace = workspace_bytes(model, max_sequences, chunk_tokens)
+    workspace = workspace_bytes(model, config, max_sequences, chunk_tokens)
     slot, page = slot_bytes(config), page_bytes(config, model.compute_dtype)
     needed = pages_of(max_model_len) if max_model_len else 1
     # Room for the longest request comes before room for kept prefixes.
@@ -128,9 +132,11 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return PAGE_SIZE * num_softmax * per_token
 
 
-def workspace_bytes(model: Model, max_sequences: int, chunk_tokens: int) -> int:
+def workspace_bytes(
+    model: Model, config: ModelConfig, max_sequences: int, chunk_tokens: int
+) -> int:
     """Return an upper estimate of the bytes that one step allocates beside the memory."""
-    config, dtype = model.config, model.compute_dtype
+    dtype = model.compute_dtype
     wide = product_dtype(dtype, model.device).itemsize
     kv = config.num_key_value_heads * config.head_dim
     expert_rows = config.num_experts_per_tok * (

@@ -3,7 +3,7 @@
 Sequences with one new token go through the native decode step, which reads each weight once for all
 of them; longer pieces are packed into one varlen pass (MiniMax-01, section 3.3, separates the two
 as well). Everything that runs the model is behind `Runner.run`, so that several processes can
-stand behind it.
+stand behind it: see `linnet.infer.ranks`.
 """
 
 from collections.abc import Sequence
@@ -65,10 +65,11 @@ class Runner:
     Args:
         model: in eval mode.
         memory: on its device.
+        reads_logits: whether steps have logits; the model takes the tokens in either way.
     """
 
-    def __init__(self, model: Model, memory: PagedMemory) -> None:
-        self.model, self.memory = model, memory
+    def __init__(self, model: Model, memory: PagedMemory, reads_logits: bool = True) -> None:
+        self.model, self.memory, self._reads_logits = model, memory, reads_logits
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Step:
@@ -103,7 +104,7 @@ class Runner:
         rows = PackedRows(self.memory, [chunks[n].row for n in places], lengths, device, num_logits)
         tokens = [token for n in places for token in chunks[n].tokens]
         hidden = self.model.continue_packed(torch.tensor([tokens], device=device), rows)[0]
-        if sum(num_logits):
+        if self._reads_logits and sum(num_logits):
             logits = lm_head(hidden, self.model.lm_head.weight).cpu()
             for n, own in zip(places, logits.split(num_logits), strict=True):
                 step.logits[n] = own

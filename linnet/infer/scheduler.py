@@ -51,7 +51,7 @@ class Scheduler:
         chunk_tokens: prompt tokens in a step while others generate.
         turn_ids: tokens that end a turn of a chat.
         speculative_tokens: guesses to verify per sequence and step.
-        park_bytes: most memory that preempted sequences may keep outside of the pages.
+        park_bytes: most memory that preempted sequences may keep outside of the pages; 0 for none.
     """
 
     def __init__(
@@ -228,10 +228,11 @@ class Scheduler:
     def _park(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self.preemptions += 1
-        parked = [other.parked.num_bytes for other in self.waiting if other.parked]
-        extract = self._blocks.memory.take_out(sequence.row)
-        if sum(parked) + extract.num_bytes <= self._park_bytes:
-            sequence.parked = extract
+        if self._park_bytes:
+            parked = [other.parked.num_bytes for other in self.waiting if other.parked]
+            extract = self._blocks.memory.take_out(sequence.row)
+            if sum(parked) + extract.num_bytes <= self._park_bytes:
+                sequence.parked = extract
         # Otherwise all is computed again, from its tokens.
         self._blocks.give_row(sequence.row)
         sequence.row = None

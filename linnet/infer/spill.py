@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from linnet.errors import CheckpointError
-from linnet.model.paged import PAGE_SIZE, Extract, PagedMemory, Row, pages_of
+from linnet.infer.ranks import Memory
+from linnet.model.paged import PAGE_SIZE, Extract, Row, pages_of
 from linnet.model.transformer import Model
 from linnet.storage import write_atomic
 
@@ -74,7 +75,7 @@ class Spill:
         """Return whether a prefix is there."""
         return _name(length, digest) in self._sizes
 
-    def store(self, digest: bytes, row: Row, memory: PagedMemory) -> None:
+    def store(self, digest: bytes, row: Row, memory: Memory) -> None:
         """Copy what a row has, and write it in the background, unless the disk is far behind."""
         name = _name(row.length, digest)
         if name in self._sizes or name in self._unwritten or self._work.full():

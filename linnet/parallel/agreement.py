@@ -33,19 +33,20 @@ def agree_on_config(config: Mapping[str, Any]) -> None:
             )
 
 
-def agree_on_rows(tokens: Tensor, row: int, step: int) -> None:
+def agree_on_rows(tokens: Tensor, row: int, step: int, group: dist.ProcessGroup) -> None:
     """Compare the tokens of ranks that should read the same row.
 
     Args:
         tokens: [..., T] int64 of this rank, before any split.
         row: which row of a step it is.
         step: for the message.
+        group: all ranks.
 
     Raises:
         DataError: (on every rank) some differ; says which.
     """
     digest = zlib.crc32(tokens.cpu().contiguous().numpy().tobytes())
-    gathered = _gather(torch.tensor([row, digest]))
+    gathered = _gather(torch.tensor([row, digest]), group)
     for number in gathered[:, 0].unique().tolist():
         ranks = (gathered[:, 0] == number).nonzero().flatten()
         digests = gathered[ranks, 1]
@@ -57,14 +58,14 @@ def agree_on_rows(tokens: Tensor, row: int, step: int) -> None:
             )
 
 
-def _gather(own: Tensor) -> Tensor:
-    """Return [ranks, ...]; tensors of ranks with more entries are cut, of those with less padded."""
+def _gather(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return [ranks, ...], with zeros after the entries of ranks that have fewer."""
     most = torch.tensor([len(own)])
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     padded = torch.zeros(int(most), dtype=torch.int64)
     padded[: len(own)] = own
-    result = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(result, padded)
+    result = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(result, padded, group=group)
     return torch.stack(result)
 
 

@@ -186,6 +186,11 @@ class ParallelModel:
         """The fewest tokens that a row may have."""
         return 1 if self.context is None else self.context.size * (1 + self.context.is_balanced)
 
+    def received_rows(self) -> list[int]:
+        """Return the rows that this rank's experts had in the last pass, of each layer it has."""
+        dispatches = [layer.block_sparse_moe.dispatch for layer in self.model.layers]
+        return [d.received for d in dispatches if isinstance(d, ExpertsAcrossRanks)]
+
     def reshard(self) -> None:
         """Free what FSDP gathered and has not freed yet."""
         for module in self.stage.modules():

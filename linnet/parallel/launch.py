@@ -58,22 +58,67 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return Launch(rank, world_size, local_rank, restarts) if world_size > 1 else None
 
 
-def connect(launch: Launch, timeout_s: float) -> torch.device:
+def lost_contact(error: BaseException) -> str | None:
+    """Return what an error says of a rank that is gone or silent; None if it is something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        for sign in _SIGNS:
+            if sign in text:
+                return sign.lower()
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Timed out waiting",
+    "Socket Timeout",
+    "timed out after",
+    "Watchdog caught collective operation timeout",
+    "wait timeout",
+)
+
+
+CONNECT_TIMEOUT_S = 600.0
+"""Machines start at different times, whatever the patience of a step may be."""
+
+
+def connect(launch: Launch) -> torch.device:
     """Join the other processes; return the device of this one.
 
-    Args:
-        launch: from `launched`.
-        timeout_s: after which a rank that waits for another gives up.
+    Raises:
+        ConfigError: they cannot be reached.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
+        size = launch.world_size
+        try:
+            store, _, _ = next(dist.rendezvous("env://", launch.rank, size, timeout=timeout))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                # torchrun's store outlives a restart, with the addresses of those that died.
+                store=dist.PrefixStore(f"linnet/{launch.restarts}", store),
+                rank=launch.rank,
+                world_size=size,
+                timeout=timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"cannot join the {launch.world_size} ranks at MASTER_ADDR "
+                f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}"
+            ) from None
     return device
+
+
+def disconnect(launch: Launch | None) -> None:
+    """Leave the other processes; what follows is done without them."""
+    if launch is not None and dist.is_initialized():
+        dist.destroy_process_group()

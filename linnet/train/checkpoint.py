@@ -24,8 +24,8 @@ from linnet.errors import CheckpointError, ConfigError
 from linnet.model.config import ModelConfig
 from linnet.model.transformer import Model
 from linnet.model.weights import read_weights
-from linnet.storage import atomic_folder
 from linnet.parallel.placement import whole_box
+from linnet.storage import atomic_folder
 from linnet.train.optim import optimizer_tensors, restore_optimizer
 from linnet.train.sharded import is_sharded, load_parts
 

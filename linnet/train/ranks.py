@@ -10,6 +10,8 @@ import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from linnet import __version__
 from linnet.data import PackedBatch
-from linnet.errors import CheckpointError, ConfigError
+from linnet.errors import CheckpointError, ConfigError, LinnetError, TrainingError
 from linnet.model.moe import RouterStats
 from linnet.model.presets import model_folder
 from linnet.model.transformer import Model
@@ -31,10 +33,9 @@ from linnet.parallel.apply import Exchanges, ParallelModel, local_part
 from linnet.parallel.balance import Balance, balance_table, gather_rows, share_stats
 from linnet.parallel.checkpoint import SavedParts, save_parts
 from linnet.parallel.context import Shard
-from linnet.parallel.expert import ExpertsAcrossRanks
 from linnet.parallel.export import export_files
 from linnet.parallel.filling import FromFolder, FromSeed
-from linnet.parallel.launch import Launch, connect
+from linnet.parallel.launch import Launch, connect, lost_contact
 from linnet.parallel.mesh import Mesh
 from linnet.parallel.pipeline import Pipeline
 from linnet.storage import publish_folder
@@ -60,6 +61,9 @@ from linnet.train.sharded import (
     parts_of,
 )
 from linnet.train.workers import StepSums
+
+TOKENIZING_TIMEOUT = timedelta(days=1)
+"""In which the first rank tokenizes a corpus, while the others wait."""
 
 
 class _Saving(NamedTuple):
@@ -90,23 +94,26 @@ class ManyRanks:
         layout = recipe.parallel.layout(launch.world_size)
         layout.check_model(recipe.model)
         self._check_batches(layout.num_rows, layout.pp)
-        device = connect(launch, recipe.parallel.timeout_s)
+        device = connect(launch)
         versions = {"linnet": __version__, "torch": torch.__version__}
         agree_on_config(recipe.to_dict() | versions)
-        self.mesh = Mesh(layout, device=device)
+        timeout = timedelta(seconds=recipe.parallel.timeout_s)
+        self.mesh = Mesh(layout, device=device, timeout=timeout)
+        self._world = self.mesh.group("world")
         self._row = self.mesh.rank("dp_replicate") * layout.dp_shard + self.mesh.rank("dp_shard")
         # The first rank tokenizes; the others then find that it is done.
         if self.is_main:
             prepare(recipe, show_progress)
-        dist.barrier()
+        dist.monitored_barrier(timeout=TOKENIZING_TIMEOUT)
         self.material = prepare(recipe, False, self._row, layout.num_rows)
         self.parallel = self._build(compute_dtype(recipe.train.dtype))
         self.model = self.parallel.model
         self.model.tokenizer = self.material.tokenizer
         self.optimizer = build_optimizer(self.parallel.parameters.values(), recipe.optim)
-        self._save_group = dist.new_group(backend="gloo")
+        self._save_group = dist.new_group(backend="gloo", timeout=timeout)
         self._saving: _Saving | None = None
         self._last: StepSums | None = None
+        self._received: list[int] = []
         self._total = 1.0
         self._pipeline = None
         if layout.pp > 1:
@@ -169,7 +176,7 @@ class ManyRanks:
         batches = [next(self.material.stream) for _ in range(num_rows // layout.num_rows)]
         if step % self.recipe.parallel.check_every == 1 or self.recipe.parallel.check_every == 1:
             tokens = torch.cat([batch.tokens for batch in batches], 1)
-            agree_on_rows(tokens, self._row, step)
+            agree_on_rows(tokens, self._row, step, self._world)
         for router in self.parallel.routers:
             router.first = step % self.mesh.size("tokens")
         own = torch.tensor([batch.num_targets for batch in batches], dtype=torch.float64)
@@ -187,6 +194,7 @@ class ManyRanks:
             router = self.parallel.stage.stats
         else:
             nll, router = self._run(shards)
+        self._received = self.parallel.received_rows()
         num_tokens = sum(batch.tokens.shape[1] for batch in batches)
         self._last = self._sums(nll * self._total, num_tokens, shards, router)
         return self._last
@@ -215,8 +223,7 @@ class ManyRanks:
         group = self.mesh.group("cp" if optim.aux_loss_over == "row" else "tokens")
         shared = share_stats(stats, shard.tokens.shape[1], group)
         losses = [
-            load_balancing_loss(s.load, s.probability, optim.aux_loss_normalization)
-            for s in shared
+            load_balancing_loss(s.load, s.probability, optim.aux_loss_normalization) for s in shared
         ]
         aux = torch.stack(losses).sum() / self.recipe.model.num_hidden_layers
         share = self._shares[self._number]
@@ -314,7 +321,7 @@ class ManyRanks:
             (staging / "config.json").write_text(json.dumps(self.recipe.model.to_dict()) + "\n")
             state = json.dumps(dataclasses.asdict(progress), indent=2) + "\n"
             (staging / "state.json").write_text(state)
-        dist.barrier()
+        dist.barrier(self._world)
         parts = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
         files = save_parts(staging / SHARDED, parts, self._save_group, in_background=True)
         self._saving = _Saving(files, staging, target, keep_last)
@@ -360,19 +367,23 @@ class ManyRanks:
             for path in (staging, parts):
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir(parents=True)
-        dist.barrier()
+        dist.barrier(self._world)
         weights = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
         weights = {name: part for name, part in weights.items() if name.startswith("model/")}
         save_parts(parts, weights, self._save_group)
         rank, size = dist.get_rank(), dist.get_world_size()
         export_files(SavedParts(parts), self.recipe.model, staging, torch.float32, rank, size)
-        dist.barrier()
+        dist.barrier(self._world)
         if self.is_main:
             self.material.tokenizer.save(staging)
             publish_folder(staging, folder)
             shutil.rmtree(staging, ignore_errors=True)
             shutil.rmtree(parts, ignore_errors=True)
-        dist.barrier()
+        dist.barrier(self._world)
+
+    def in_contact(self) -> AbstractContextManager[None]:
+        """Turn what PyTorch raises when another rank is gone into one clear line."""
+        return in_contact(self.recipe)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""
@@ -380,14 +391,12 @@ class ManyRanks:
 
     def balance(self) -> str:
         """Return how evenly the last step's tokens went to experts and ranks, as text."""
-        received = [0] * self.recipe.model.num_hidden_layers
-        for number, layer in zip(self.parallel.layers, self.model.layers, strict=True):
-            dispatch = layer.block_sparse_moe.dispatch
-            assert isinstance(dispatch, ExpertsAcrossRanks)
-            received[number] = dispatch.received
-        rows, sums = gather_rows(received, self._save_group), self._last
-        if sums is None:
+        if (sums := self._last) is None:
             return ""
+        received = [0] * self.recipe.model.num_hidden_layers
+        for number, count in zip(self.parallel.layers, self._received, strict=True):
+            received[number] = count
+        rows = gather_rows(received, self._save_group)
         stages = [rows[:, layer].nonzero().flatten() for layer in range(rows.shape[1])]
         return balance_table(
             [
@@ -405,8 +414,27 @@ class ManyRanks:
     def _sum(self, x: Tensor) -> Tensor:
         """Return the sum of a CPU tensor over all ranks, the same bits on each."""
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=self._world)
         return x
+
+
+@contextmanager
+def in_contact(recipe: Recipe | SftRecipe) -> Iterator[None]:
+    """Turn what PyTorch raises when another rank is gone into one clear line.
+
+    Raises:
+        TrainingError: another rank is gone or silent.
+    """
+    try:
+        yield
+    except (RuntimeError, LinnetError) as error:
+        if (reason := lost_contact(error)) is None:
+            raise
+        raise TrainingError(
+            f"lost contact with another rank ({reason}); it died, or was silent for "
+            f"parallel.timeout_s = {recipe.parallel.timeout_s:g} s. This rank stops; checkpoints "
+            f"are in {recipe.folder / 'checkpoints'}, go on with --resume"
+        ) from error
 
 
 def _lengthened(batch: PackedBatch, least: int) -> PackedBatch:

@@ -1,8 +1,8 @@
 """Checkpoints of many ranks, and the ways between them and those of one process.
 
-    checkpoints/step_00000500/sharded/*.safetensors   model/<name>, exp_avg/<name>, exp_avg_sq/<name>
-                              config.json             of the model
-                              state.json              as in the checkpoints of one process
+checkpoints/step_00000500/sharded/*.safetensors   model/<name>, exp_avg/<name>, exp_avg_sq/<name>
+                          config.json             of the model
+                          state.json              as in the checkpoints of one process
 """
 
 from collections.abc import Mapping

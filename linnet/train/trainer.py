@@ -98,9 +98,13 @@ class Trainer:
         """Train to the end (or to Ctrl-C), save, and return the content of `run.json`.
 
         Raises:
-            TrainingError: too many consecutive steps were not finite.
+            TrainingError: too many consecutive steps were not finite, or another rank is gone.
             CheckpointError: the disk refuses a checkpoint; those before are untouched.
         """
+        with self.workers.in_contact():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         if (record := self._finished_record()) is not None:
             return record
         recipe, progress = self.recipe, self.progress
@@ -327,11 +331,12 @@ def workers_of(
     """Return the processes that a launcher started, for this one; None for one on its own."""
     if launch is None:
         return None
-    from linnet.train.ranks import ManyRanks
+    from linnet.train.ranks import ManyRanks, in_contact
 
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    return ManyRanks(recipe, launch, show_progress)
+    with in_contact(recipe):
+        return ManyRanks(recipe, launch, show_progress)
 
 
 def router_metrics(sums: StepSums) -> dict[str, float]:

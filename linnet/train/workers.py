@@ -3,6 +3,7 @@
 The loop is the same for both; what differs is behind `Workers`.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,6 +103,10 @@ class Workers(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the finished model."""
+        ...
+
+    def in_contact(self) -> AbstractContextManager[None]:
+        """Return a context in which the loss of another process is a `TrainingError`."""
         ...
 
     def any(self, flag: bool) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from linnet import __version__
 from linnet.cli import build_parser, main
 
-VERBS = ["train", "sft", "generate", "chat", "ask", "serve", "info", "convert"]
+VERBS = ["train", "sft", "generate", "chat", "ask", "serve", "info", "plan", "convert"]
 
 
 def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,5 @@
 """Whole runs on many ranks: the loss curve of one process, resumed on any number of ranks."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

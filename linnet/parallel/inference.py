@@ -1,0 +1,63 @@
+"""How ranks that all read the same tokens share a model, as inference needs it.
+
+Attention heads are cut over tp and experts over ep x etp, across all ranks. The ranks beyond tp
+(the axis dp_shard of the layout) repeat the attention of their tokens or share one long sequence
+(`linnet.parallel.long_context`). Every rank has the embedding, the norms and the LM head, and gets
+the same hidden states.
+"""
+
+import math
+from dataclasses import replace
+
+from linnet.model.config import ModelConfig
+from linnet.parallel.layout import Layout
+
+
+def inference_layout(
+    config: ModelConfig,
+    world_size: int,
+    *,
+    tp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
+    cp: int | None = None,
+) -> Layout:
+    """Return how ranks share a model that all of them feed with the same tokens.
+
+    Args:
+        config: of the whole model.
+        world_size: ranks.
+        tp: ranks that share the heads; None for as many as divide them.
+        ep: ranks that share the experts; None for as many as divide them.
+        etp: ranks that share the width of each expert; None for what ep leaves, if it divides it.
+        cp: ranks that share one long sequence; None for any number.
+
+    Returns:
+        Where `dp_shard` counts the ranks with the same heads.
+
+    Raises:
+        ConfigError: the axes do not multiply to the ranks or divide the model; says the arithmetic.
+    """
+    if tp is None:
+        ranks = world_size // cp if cp and not world_size % cp else world_size
+        tp = math.gcd(ranks, config.num_attention_heads, config.num_key_value_heads)
+    if ep is None:
+        ep = math.gcd(world_size // max(1, etp or 1), config.num_local_experts)
+    if etp is None:
+        etp = math.gcd(world_size // max(1, ep), config.intermediate_size)
+    sizes = {"tp": tp, "ep": ep, "etp": etp}
+    layout = Layout.for_world(world_size, **sizes)
+    if cp is not None:  # once as cp, so that an error speaks of it
+        layout = Layout.for_world(world_size, dp_shard=1, cp=cp, **sizes)
+        layout = replace(layout, cp=1, dp_shard=cp)
+    layout.check_model(config)
+    return layout
+
+
+def local_config(config: ModelConfig, layout: Layout) -> ModelConfig:
+    """Return the config with the heads that one rank has, for its states, keys and values."""
+    return replace(
+        config,
+        num_attention_heads=config.num_attention_heads // layout.tp,
+        num_key_value_heads=config.num_key_value_heads // layout.tp,
+    )
