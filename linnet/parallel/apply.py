@@ -13,6 +13,7 @@ The one-device model is changed from outside, always in this order:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from linnet.errors import ConfigError
 from linnet.model.attention import LightningAttention, SoftmaxAttention
 from linnet.model.config import ModelConfig
 from linnet.model.layout import FP32_PARAMETERS
 from linnet.model.transformer import Block, Model
 from linnet.parallel import ring_attention
 from linnet.parallel.context import ContextParallel, Shard
-from linnet.parallel.exchange import Mode
+from linnet.parallel.exchange import Mode, Nodes
 from linnet.parallel.expert import ExpertsAcrossRanks, GlobalRouter
 from linnet.parallel.filling import Weights
 from linnet.parallel.mesh import Mesh
@@ -41,8 +43,11 @@ from linnet.parallel.tensor import share_heads
 class Exchanges:
     """How things travel between ranks; all ways give the same result but for rounding."""
 
-    states: Mode = "all_gather"
-    """Lightning states along a row: all_gather (LASP+), two_level or ring."""
+    states: Mode | Literal["auto"] = "auto"
+    """Lightning states along a row: all_gather (LASP+), two_level or ring. "auto" is two_level
+    where a row's ranks are whole nodes, several of them, and all_gather elsewhere."""
+    node_size: int = 1
+    """Neighboring ranks with fast links between them."""
     keys: ring_attention.Exchange = "ring"
     """Keys and values along a row: ring or gather."""
     balanced: bool = False
@@ -149,10 +154,29 @@ class ParallelModel:
                 moe.admit = GlobalRouter(mesh.group("tokens"))
                 self.routers.append(moe.admit)
         if mesh.size("cp") > 1:
+            states, nodes = self._state_mode(exchanges)
             self.context = ContextParallel(
-                mesh.group("cp"), exchanges.balanced, exchanges.states, exchanges.keys
+                mesh.group("cp"), exchanges.balanced, states, exchanges.keys, nodes
             )
             self.context.apply(self.model)
+
+    def _state_mode(self, exchanges: Exchanges) -> tuple[Mode, Nodes | None]:
+        """Return how states travel along a row.
+
+        Raises:
+            ConfigError: `two_level` without whole nodes.
+        """
+        size = self.mesh.size("cp")
+        per_node = exchanges.node_size // self.mesh.size("tp")  # tp ranks are the nearest
+        has_nodes = 1 < per_node < size and size % per_node == 0 and not exchanges.balanced
+        if exchanges.states == "two_level" and not has_nodes:
+            raise ConfigError(
+                f"states = 'two_level' wants rows over several whole nodes, in order; cp = {size} "
+                f"ranks, {per_node} of them per node, balanced = {exchanges.balanced}"
+            )
+        if exchanges.states in ("two_level", "auto") and has_nodes:
+            return "two_level", self.mesh.nodes(per_node)
+        return "all_gather" if exchanges.states == "auto" else exchanges.states, None
 
     def _fill(self, weights: Weights, shards: bool, reshards: bool) -> None:
         for prefix, tensors in weights.parts(self.config, self.boxes):

@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 from linnet.errors import ConfigError
 
-_NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+_NAMES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,14 @@ class Launch:
         world_size: of all.
         local_rank: its number on this machine.
         restarts: how often the launcher has started all of them anew.
+        node_size: processes on this machine.
     """
 
     rank: int
     world_size: int
     local_rank: int
     restarts: int = 0
+    node_size: int = 1
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -51,11 +56,14 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
         rank, world_size = int(environment[names[0]]), int(environment[names[1]])
         local_rank = int(environment.get(names[2], rank))
         restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        node_size = int(environment.get(names[3], 1))
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{names[0]} is set, but not as a launcher does: {error}") from None
     if not 0 <= rank < world_size:
         raise ConfigError(f"{names[0]} is {rank} of {names[1]} {world_size}")
-    return Launch(rank, world_size, local_rank, restarts) if world_size > 1 else None
+    if world_size == 1:
+        return None
+    return Launch(rank, world_size, local_rank, restarts, node_size)
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from linnet.parallel.exchange import Nodes
 from linnet.parallel.layout import DENSE_AXES, SPARSE_AXES, Layout
 
 _JOINT = {
@@ -52,7 +53,7 @@ class Mesh:
         ranks = range(dist.get_world_size()) if ranks is None else ranks
         if len(ranks) != layout.world_size:
             raise ValueError(f"{layout} has {layout.world_size} ranks; got {len(ranks)}")
-        self.layout, self.device = layout, device
+        self.layout, self.device, self._timeout = layout, device, timeout
         dense = torch.tensor(list(ranks)).view([getattr(layout, axis) for axis in DENSE_AXES])
         sparse = dense.view([getattr(layout, axis) for axis in SPARSE_AXES])
         self._ranks: dict[str, list[int]] = {}
@@ -93,6 +94,17 @@ class Mesh:
     def rank(self, axis: str) -> int:
         """Return this rank's place in an axis."""
         return self._ranks[axis].index(dist.get_rank())
+
+    def nodes(self, size: int) -> Nodes:
+        """Return the groups of a two-level exchange along a row; all cp ranks call this.
+
+        Args:
+            size: neighboring cp ranks in a node; it divides their number.
+        """
+        ranks, own = self._ranks["cp"], self.rank("cp")
+        node = own // size
+        within = self._make(ranks[node * size : (node + 1) * size], self._timeout)
+        return Nodes(size, within, self._make(ranks[own % size :: size], self._timeout))
 
     def fsdp_mesh(self) -> DeviceMesh:
         """Return the mesh over which dense weights are sharded, and replicated if asked for."""

@@ -106,7 +106,7 @@ class ManyRanks:
             prepare(recipe, show_progress)
         dist.monitored_barrier(timeout=TOKENIZING_TIMEOUT)
         self.material = prepare(recipe, False, self._row, layout.num_rows)
-        self.parallel = self._build(compute_dtype(recipe.train.dtype))
+        self.parallel = self._build(launch, compute_dtype(recipe.train.dtype))
         self.model = self.parallel.model
         self.model.tokenizer = self.material.tokenizer
         self.optimizer = build_optimizer(self.parallel.parameters.values(), recipe.optim)
@@ -141,7 +141,7 @@ class ManyRanks:
                     f"gives each of dp_replicate*dp_shard = {num_rows} only {rows // num_rows}"
                 )
 
-    def _build(self, dtype: torch.dtype) -> ParallelModel:
+    def _build(self, launch: Launch, dtype: torch.dtype) -> ParallelModel:
         recipe, options = self.recipe, self.recipe.parallel
         if isinstance(recipe, SftRecipe):
             weights = FromFolder(model_folder(recipe.start))
@@ -149,6 +149,7 @@ class ManyRanks:
             weights = FromSeed(recipe.seed)
         exchanges = Exchanges(
             states=options.states,
+            node_size=options.node_size or launch.node_size,
             keys=options.keys,
             balanced=options.balanced,
             token_groups=options.token_groups,

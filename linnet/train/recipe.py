@@ -110,8 +110,11 @@ class ParallelSection:
     """Ranks that share the experts."""
     etp: int = 1
     """Ranks that share the width of each expert."""
-    states: Literal["all_gather", "ring"] = "all_gather"
-    """How lightning states travel along a row: LASP+ or a ring."""
+    states: Literal["auto", "all_gather", "two_level", "ring"] = "auto"
+    """How lightning states travel along a row: at once (LASP+), within nodes and then between
+    them, or in a ring; "auto" takes the second where a row is on several whole nodes."""
+    node_size: int | None = None
+    """Ranks of a machine; what the launcher says if None."""
     keys: Literal["ring", "gather"] = "ring"
     """How keys and values travel along a row."""
     balanced: bool = False
@@ -215,6 +218,8 @@ def check_run(
             f"micro_batch_tokens {train.micro_batch_tokens}"
         )
     _check_optim(optim)
+    if parallel.node_size is not None and parallel.node_size < 1:
+        raise ConfigError(f"parallel.node_size is {parallel.node_size}; it must be at least 1")
     for key in ("token_groups", "check_every", "timeout_s"):
         if not getattr(parallel, key) > 0:
             raise ConfigError(f"parallel.{key} is {getattr(parallel, key)}; it must be positive")

@@ -41,14 +41,14 @@ def norm(
     """
     rows, gates = dense_rows(x), None if gate is None else dense_rows(gate)
     weight = weight.float().contiguous()
-    y = torch.empty(rows.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype)
     inverse = torch.empty(len(rows))
-    args = _NormArgs(x=matrix(rows), gate=matrix(gates), y=matrix(y), eps=eps)
+    args = _NormArgs(x=matrix(rows), gate=matrix(gates), y=matrix(y.view(rows.shape)), eps=eps)
     args.weight, args.inverse = pointer(weight), pointer(inverse)
     args.rows, args.dim = rows.shape
     args.num_threads = torch.get_num_threads()
     call("linnet_norm", args)
-    return y.view(x.shape), inverse
+    return y, inverse
 
 
 def norm_backward(
