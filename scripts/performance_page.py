@@ -30,6 +30,7 @@ OVERHEAD_TARGET = 0.05
 PLAN_TARGET = 1.05
 COLD_START_TARGET_S = 5.0
 FLATNESS_TARGET = 0.85
+SCALING_TARGET = 1.6  # from one process to two
 NAMES = {
     "forward": "forward",
     "forward_backward": "forward + backward",
@@ -129,6 +130,8 @@ def device(folder: Path, found: dict[str, Result]) -> Iterator[str]:
             rows += model_rows(result, source)
         elif name == "serving":
             rows += serving_rows(result, source)
+        elif name == "distributed":
+            rows += distributed_rows(result, source)
         else:
             continue
         told.add(name)
@@ -142,6 +145,8 @@ def device(folder: Path, found: dict[str, Result]) -> Iterator[str]:
     for name in ("bench_94m_bfloat16", "bench_94m_float32"):
         if "prefill_lengths" in found.get(name, {}):
             yield from lengths(found[name], link(folder / f"{name}.json"))
+    if "distributed" in found:
+        yield from ranks(found["distributed"], link(folder / "distributed.json"))
     if "million" in found:
         yield from million(found["million"], link(folder / "million.json"))
         told.add("million")
@@ -312,6 +317,43 @@ def serving_rows(result: Result, source: str) -> Iterator[Row]:
         )
 
 
+def distributed_rows(result: Result, source: str) -> Iterator[Row]:
+    """Yield the rows of several ranks."""
+    if scaling := result.get("scaling"):
+        name = (
+            f"{scaling['model']}, {scaling['dtype']}: training step of {scaling['tokens']:,} tokens"
+        )
+        for split in ("balanced", "contiguous"):
+            row = scaling[split]
+            ours, theirs = (scaling["tokens"] / row[f"{x}_s"] for x in ("ours", "theirs"))
+            has_target = split == "balanced" and scaling["ranks"] == 2
+            yield Row(
+                name=f"{name}, {scaling['ranks']} ranks against 1, {split} split",
+                linnet=f"{ours:,.0f} tokens/s",
+                other=f"{theirs:,.0f} tokens/s, our own",
+                ratio=row["speedup"],
+                spread=spread(row),
+                target=SCALING_TARGET if has_target else None,
+                source=source,
+                is_own=True,
+            )
+    lasp = result.get("lasp", {"rows": []})
+    for row in lasp["rows"]:
+        where = f"emulated links of {row['delay_ms']:g} ms, " if lasp["emulation"] else ""
+        if lasp["emulation"] and not row["delay_ms"]:
+            continue
+        yield Row(
+            name=f"LASP+ against the original LASP, {where}{lasp['ranks']} ranks",
+            linnet=f"{1e3 * row['lasp_plus']['ours_s']:.1f} ms",
+            other=f"{1e3 * row['lasp_plus']['theirs_s']:.1f} ms, LASP",
+            ratio=row["lasp_plus"]["speedup"],
+            spread=spread(row["lasp_plus"]),
+            target=None,
+            source=source,
+            is_own=True,
+        )
+
+
 def errors(result: Result) -> Iterator[str]:
     """Yield what the operator and the other side's loop lose against fp64."""
     recorded = result.get("errors_against_fp64", {})
@@ -353,6 +395,42 @@ def lengths(result: Result, source: str) -> Iterator[str]:
             for row in rows
         ),
     )
+
+
+def ranks(result: Result, source: str) -> Iterator[str]:
+    """Yield the tables of what crosses ranks."""
+    if lasp := result.get("lasp"):
+        yield (
+            f"LASP+ and the original LASP, forward + backward of the operator, {lasp['ranks']} "
+            f"ranks, T = {lasp['tokens']:,}, H = {lasp['heads']}, d = {lasp['head_dim']} "
+            f"([JSON]({source}))."
+        )
+        if lasp["emulation"]:
+            yield f"This is an emulation of {lasp['what_is_emulated']}."
+        yield "In a ring the states of LASP+ take as many hops as those of LASP.\n"
+        titles = ("delay of a hop", "LASP", "LASP+, one hop", "ratio", "LASP+, in a ring", "ratio")
+        yield from table(titles, (lasp_cells(row) for row in lasp["rows"]))
+    if traffic := result.get("traffic"):
+        yield (
+            f"Bytes that each of {traffic['ranks']} ranks receives for one lightning layer, "
+            f"H = {traffic['heads']}, d = {traffic['head_dim']}; the formula is "
+            f"{traffic['formula']}.\n"
+        )
+        keys = ("tokens", "forward_bytes", "backward_bytes", "formula_bytes")
+        titles = ("tokens", "forward, counted", "backward, counted", "formula")
+        rows = (tuple(f"{row[key]:,}" for key in keys) for row in traffic["rows"])
+        yield from table(titles, rows)
+
+
+def lasp_cells(row: Result) -> tuple[str, ...]:
+    """Return the cells of one delay."""
+    cells = [f"{row['delay_ms']:g} ms", f"{1e3 * row['lasp_plus']['theirs_s']:.1f} ms"]
+    for name in ("lasp_plus", "lasp_plus_ring"):
+        side = row.get(name)
+        cells += [f"{1e3 * side['ours_s']:.1f} ms" if side else "", ""]
+        if side:
+            cells[-1] = f"{side['speedup']:.2f}{spread(side)}"
+    return tuple(cells)
 
 
 def million(result: Result, source: str) -> Iterator[str]:

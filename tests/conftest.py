@@ -79,3 +79,21 @@ def generator() -> torch.Generator:
 def rng() -> random.Random:
     """A seeded source of random Python values."""
     return random.Random(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the parity tests measured, as a table: layouts by packings of documents."""
+    reports = terminalreporter.stats.get("passed", [])
+    cells = [value for r in reports for name, value in r.user_properties if name == "parity"]
+    if not cells:
+        return
+    rows = {layout: {} for layout, _, _ in cells}
+    for layout, packing, error in cells:
+        rows[layout][packing] = f"{error:.0e}"
+    packings = sorted({packing for _, packing, _ in cells})
+    terminalreporter.section("many ranks against one: largest relative error, loss and gradients")
+    width = max(map(len, rows))
+    terminalreporter.line(" " * width + "".join(f"{packing:>26}" for packing in packings))
+    for layout, row in rows.items():
+        values = "".join(f"{row.get(packing, '-'):>26}" for packing in packings)
+        terminalreporter.line(f"{layout:<{width}}{values}")

@@ -2,8 +2,23 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from linnet.cli.options import add_loading_options, add_sampling_options, load, sampling_params
+from linnet.cli.options import (
+    add_loading_options,
+    add_rank_options,
+    add_sampling_options,
+    follow,
+    launch_of,
+    load,
+    load_over_ranks,
+    sampling_params,
+)
+
+if TYPE_CHECKING:
+    from linnet.infer import SamplingParams
+    from linnet.infer.spread_text import SpreadText
+    from linnet.model import Model
 
 
 def add_parser(verbs) -> None:
@@ -18,17 +33,35 @@ def add_parser(verbs) -> None:
     parser.add_argument("prompt", help="text to continue, or - to read it from standard input")
     add_loading_options(parser)
     add_sampling_options(parser, temperature=0.8, max_tokens=256)
+    add_rank_options(parser, has_cp=True)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate."""
+    params, launch = sampling_params(args), launch_of(args)
+    if launch is None:
+        return _write(args.prompt, load(args), params)
+    model, mesh = load_over_ranks(args, launch)
+
+    from linnet.infer.spread_text import SpreadText
+
+    spread = SpreadText(model, mesh)
+    if launch.rank:
+        return follow(spread)
+    try:
+        return _write(args.prompt, model, params, spread)
+    finally:
+        spread.close()
+
+
+def _write(
+    prompt: str, model: "Model", params: "SamplingParams", spread: "SpreadText | None" = None
+) -> int:
     from linnet.infer import stream_text
 
-    params = sampling_params(args)
-    model = load(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    pieces = stream_text(model, prompt, params)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    pieces = stream_text(model, prompt, params, spread)
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -1,11 +1,24 @@
 """Options that several verbs share: the model, and how its tokens are chosen."""
 
 import argparse
+import signal
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from linnet.errors import ConfigError, LinnetError
+
 if TYPE_CHECKING:
+    import torch
+
     from linnet.infer import SamplingParams
+    from linnet.infer.ranks import EngineRanks
+    from linnet.infer.spread_text import SpreadText
     from linnet.model import Model
+    from linnet.parallel.launch import Launch
+    from linnet.parallel.mesh import Mesh
+
+RANK_TIMEOUT = timedelta(minutes=10)
+"""After which a rank that waits for another gives up."""
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +43,40 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="of a prompt and its answer (default: what the model is made for, if it fits)",
     )
+
+
+def add_rank_options(parser: argparse.ArgumentParser, has_cp: bool = False) -> None:
+    """Add how ranks share the model, where a launcher started several."""
+    group = parser.add_argument_group(
+        "ranks",
+        f"with torchrun --nproc-per-node N -m linnet {parser.prog.split()[-1]} ..., the N "
+        "processes share the model",
+    )
+    group.add_argument(
+        "--tp",
+        type=int,
+        metavar="RANKS",
+        help="that share the heads of attention (default: as many as divide the heads)",
+    )
+    group.add_argument(
+        "--ep",
+        type=int,
+        metavar="RANKS",
+        help="that share the experts (default: as many as divide them)",
+    )
+    group.add_argument(
+        "--etp",
+        type=int,
+        metavar="RANKS",
+        help="that share the width of each expert (default: what --ep leaves)",
+    )
+    if has_cp:
+        group.add_argument(
+            "--cp",
+            type=int,
+            metavar="RANKS",
+            help="that share the prompt, its keys and its values (default: what --tp leaves)",
+        )
 
 
 def add_sampling_options(
@@ -84,3 +131,75 @@ def load(args: argparse.Namespace) -> "Model":
     from linnet.train.machine import compute_dtype
 
     return load_model(args.model, dtype=compute_dtype(args.dtype), quantization=args.quantization)
+
+
+def launch_of(args: argparse.Namespace) -> "Launch | None":
+    """Return what a launcher says of this process; None for one on its own.
+
+    Raises:
+        ConfigError: the options of `add_rank_options` ask for more ranks than one.
+    """
+    from linnet.parallel.launch import launched
+
+    launch = launched()
+    for name, size in _rank_sizes(args).items():
+        if launch is None and size is not None and size != 1:
+            raise ConfigError(
+                f"--{name} {size} needs several ranks; start them with torchrun "
+                f"--nproc-per-node {max(2, size)} -m linnet {args.verb} ..."
+            )
+    return launch
+
+
+def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "tuple[Model, Mesh]":
+    """Load this rank's part of the model; if one rank cannot, all end, and the first says why.
+
+    Raises:
+        CheckpointError: its folder is missing or damaged.
+        ConfigError: its config is wrong, or the ranks do not divide it.
+    """
+    import torch.distributed as dist
+
+    from linnet.parallel.channel import ranks_where
+    from linnet.parallel.launch import connect
+
+    device = connect(launch)
+    result, failure = None, None
+    try:
+        result = _load_part(args, launch, device)
+    except (LinnetError, ValueError, OSError) as error:
+        failure = error
+    assert dist.group.WORLD is not None
+    failed = ranks_where(failure is not None, dist.group.WORLD)
+    if failure is not None and failed[0] == launch.rank:
+        raise failure
+    if failed or result is None:
+        raise SystemExit(1)
+    return result
+
+
+def follow(ranks: "EngineRanks | SpreadText") -> int:
+    """Do what rank 0 does until it ends; return the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A launcher sends them to all ranks; rank 0 decides when the others end.
+        signal.signal(number, signal.SIG_IGN)
+    ranks.follow()
+    return 0
+
+
+def _load_part(
+    args: argparse.Namespace, launch: "Launch", device: "torch.device"
+) -> "tuple[Model, Mesh]":
+    from linnet.model.presets import config_of
+    from linnet.parallel.inference import inference_layout
+    from linnet.parallel.loading import load_parallel
+    from linnet.parallel.mesh import Mesh
+    from linnet.train.machine import compute_dtype
+
+    layout = inference_layout(config_of(args.model), launch.world_size, **_rank_sizes(args))
+    mesh = Mesh(layout, device=device, timeout=RANK_TIMEOUT)
+    return load_parallel(args.model, mesh, compute_dtype(args.dtype), args.quantization), mesh
+
+
+def _rank_sizes(args: argparse.Namespace) -> dict[str, int | None]:
+    return {name: getattr(args, name, None) for name in ("tp", "ep", "etp", "cp")}

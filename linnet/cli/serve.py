@@ -5,13 +5,23 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from linnet.cli.options import add_model_options, load
+from linnet.cli.options import (
+    add_model_options,
+    add_rank_options,
+    follow,
+    launch_of,
+    load,
+    load_over_ranks,
+)
 from linnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from linnet.infer.engine import Engine, EngineSettings
+    from linnet.parallel.launch import Launch
     from linnet.serve import ServerSettings
 
 KEY_VARIABLE = "LINNET_API_KEY"
@@ -33,6 +43,7 @@ def add_parser(verbs) -> None:
     add_model_options(parser)
     _add_http(parser.add_argument_group("HTTP"))
     _add_engine(parser.add_argument_group("engine"))
+    add_rank_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -80,7 +91,9 @@ def _add_engine(group) -> None:
         "--max-sequences", type=int, default=32, help="that run at once (default: %(default)s)"
     )
     group.add_argument(
-        "--memory-gib", type=float, help="beside the weights (default: a share of what is free)"
+        "--memory-gib",
+        type=float,
+        help="beside the weights, on each rank (default: a share of what is free)",
     )
     group.add_argument(
         "--chunk-tokens", type=int, default=512, help="of prompts per step (default: %(default)s)"
@@ -101,23 +114,44 @@ def _add_engine(group) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
+    launch = launch_of(args)
+    if launch is not None and launch.rank:
+        from linnet.infer.ranks import EngineRanks
+
+        return follow(EngineRanks(*load_over_ranks(args, launch)))
     with _listen(args.host, args.port) as listener:
         settings, engine_settings = _server_settings(args), _engine_settings(args)
 
-        from linnet.infer.engine import Engine
         from linnet.serve import Server, create_app
 
-        engine = Engine(load(args), engine_settings)
-        app = create_app(engine, settings)
-        _describe(args, engine, settings)
-        engine.start()
-        try:
+        with _engine(args, engine_settings, launch) as engine:
+            app = create_app(engine, settings)
+            _describe(args, engine, settings)
+            engine.start()
             Server(
                 app, engine, drain_s=args.drain_s, on_start=lambda: _announce(args, listener)
             ).run(sockets=[listener])
+    return 0
+
+
+@contextmanager
+def _engine(
+    args: argparse.Namespace, settings: "EngineSettings", launch: "Launch | None"
+) -> "Iterator[Engine]":
+    """Load the model, over the ranks that were started if there are any."""
+    from linnet.infer.engine import Engine
+    from linnet.infer.ranks import EngineRanks
+
+    ranks = None if launch is None else EngineRanks(*load_over_ranks(args, launch))
+    try:
+        engine = Engine(load(args) if ranks is None else ranks.model, settings, ranks)
+        try:
+            yield engine
         finally:
             engine.stop()
-    return 0
+    finally:
+        if ranks is not None:
+            ranks.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -186,11 +220,15 @@ def _is_loopback(host: str) -> bool:
 
 def _describe(args: argparse.Namespace, engine: "Engine", settings: "ServerSettings") -> None:
     """Tell what is served, and what memory it will take."""
+    from linnet.model.cost import cost_of
+
     model = engine.model
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = cost_of(model.config).params_total
     dtype = str(model.compute_dtype).removeprefix("torch.")
     weights = f"{dtype}, {args.quantization} weights" if args.quantization else dtype
     print(f"model   {settings.model_name}: {num_parameters:,} parameters, {weights}")
+    if engine.ranks is not None:
+        print(f"ranks   {engine.ranks}")
     print(f"memory  {engine.plan}")
     keys = len(settings.api_keys)
     print(f"access  {f'{keys} API key' + 's' * (keys > 1) if keys else 'without a key'}")

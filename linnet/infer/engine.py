@@ -131,7 +131,7 @@ class Engine:
     ) -> None:
         self.model, self.settings = model, settings or EngineSettings()
         settings = self.settings
-        self._ranks = ranks
+        self.ranks = ranks
         if ranks is not None and settings.spill_folder is not None:
             raise EngineError(
                 "prefixes are not written to disk over several ranks; leave spill_folder out"
@@ -248,8 +248,8 @@ class Engine:
             self._thread.join()
         if self._spill is not None:
             self._spill.close()
-        if self._ranks is not None:
-            self._ranks.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
     def counters(self) -> EngineCounters:
         """Return what the engine has done and is doing."""
@@ -292,8 +292,8 @@ class Engine:
         # Making room for one sequence may have parked another one that was planned before it.
         work = [(sequence, chunk) for sequence, chunk in work if sequence.row is chunk.row]
         if not work:
-            if self._ranks is not None:
-                self._ranks.keep_waiting()
+            if self.ranks is not None:
+                self.ranks.keep_waiting()
             return bool(self._scheduler.waiting or self._new)
         try:
             self._run([sequence for sequence, _ in work], [chunk for _, chunk in work])
@@ -305,7 +305,7 @@ class Engine:
         return True
 
     def _memory_and_runner(self) -> tuple[Blocks, Runner | LedRunner]:
-        model, plan, ranks = self.model, self.plan, self._ranks
+        model, plan, ranks = self.model, self.plan, self.ranks
         sizes = (plan.num_slots, plan.num_pages, model.compute_dtype)
         if ranks is None:
             memory = PagedMemory(model.config, *sizes, model.device)
@@ -429,7 +429,7 @@ class Engine:
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> None:
         # Ranks that failed in the middle of a step are not in step any more.
-        self._failures = MAX_FAILURES if self._ranks is not None else self._failures + 1
+        self._failures = MAX_FAILURES if self.ranks is not None else self._failures + 1
         _log.error("a step of %d requests failed", len(sequences), exc_info=error)
         line = " ".join(f"{type(error).__name__}: {error}".split())
         for sequence in sequences:

@@ -49,7 +49,7 @@ class EngineRanks:
 
     def __init__(self, model: Model, mesh: "Mesh") -> None:
         self.model = model
-        self.config = local_config(model.config, mesh.layout)
+        self.config, self._layout = local_config(model.config, mesh.layout), mesh.layout
         group = mesh.group("world")
         self.free_bytes = _least_free_bytes(model.device, group)
         self._channel = Channel(group)
@@ -57,6 +57,12 @@ class EngineRanks:
         self._last_sent_s = time.monotonic()
         self.is_open = self._channel.is_sender
         """Whether the other ranks wait for messages of this one."""
+
+    def __str__(self) -> str:
+        layout = self._layout
+        sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
+        axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        return f"{layout.world_size}: {axes or 'all alike'}; memory is that of each"
 
     def note(self, *order: Any) -> None:  # Any: as above
         """Let the other ranks do something before they do what is sent next."""
@@ -117,7 +123,7 @@ class LedMemory:
 
     Args:
         ranks: to which its changes are told.
-        num_slots, num_pages, dtype, device: as of `PagedMemory`, on every rank.
+        num_slots, num_pages, dtype: as of `PagedMemory`, on every rank.
     """
 
     def __init__(

@@ -34,6 +34,7 @@ class SpreadText:
         self._context = LongContext(model, mesh.group("dp_shard"))
         self.num_parts = dist.get_world_size(mesh.group("dp_shard"))
         """Ranks that share a long chunk of tokens."""
+        self._is_open = self._channel.is_sender
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Take in tokens [1, T] on all ranks; to be called on rank 0 alone.
@@ -41,12 +42,17 @@ class SpreadText:
         Returns:
             Logits [1, 1, vocab] fp32 of the last one.
         """
+        is_open, self._is_open = self._is_open, False  # if it fails, the others wait elsewhere
         self._channel.send(tokens[0].tolist())
-        return self._context.extend(tokens)
+        logits = self._context.extend(tokens)
+        self._is_open = is_open
+        return logits
 
     def close(self) -> None:
         """Let the other ranks go; to be called on rank 0 alone."""
-        self._channel.send([])
+        if self._is_open:
+            self._channel.send([])
+            self._is_open = False
 
     def follow(self) -> None:
         """Take in on this rank, any but the first, what rank 0 takes in, until it closes.

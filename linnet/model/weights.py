@@ -378,7 +378,9 @@ def write_index(folder: Path, shards: list[list[Entry]], storage: torch.dtype) -
 
 
 def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return (
+        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    )
 
 
 def _disk_bytes(entry: Entry, storage: torch.dtype) -> int:

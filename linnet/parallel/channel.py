@@ -56,3 +56,10 @@ class Channel:
     def _broadcast(self, tensor: Tensor) -> Tensor:
         dist.broadcast(tensor, group=self._group, group_src=0)
         return tensor
+
+
+def ranks_where(claim: bool, group: dist.ProcessGroup) -> list[int]:
+    """Return, on all ranks of a group, those where the claim is true."""
+    claims = [torch.zeros(1, dtype=torch.uint8) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(claims, torch.tensor([claim], dtype=torch.uint8), group=group)
+    return [rank for rank, one in enumerate(claims) if one]

@@ -142,18 +142,21 @@ def backward(parallel, shards, total):
     return loss
 
 
-def assert_same(results, expected):
+def worst_error(results, expected):
+    """Return the largest relative error of the loss and of any gradient, over all ranks."""
     loss, gradients = expected
-    seen = dict.fromkeys(gradients, 0)
+    seen, worst = dict.fromkeys(gradients, 0), 0.0
     for own_loss, own in results:
-        assert abs(float(own_loss - loss)) < 1e-5 * float(loss)
+        worst = max(worst, abs(float(own_loss - loss)) / float(loss))
         for name, (box, gradient) in own.items():
             seen[name] += gradient.numel()
             wanted = box.take(gradients[name])
             error = (gradient - wanted).norm() / gradients[name].norm().clamp(min=1e-3)
             assert error < 1e-5, (name, float(error))
+            worst = max(worst, float(error))
     for name, count in seen.items():
         assert count >= gradients[name].numel(), f"nobody has all of {name}"
+    return worst
 
 
 LAYOUTS = {
@@ -197,19 +200,38 @@ def references():
     return reference
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_are_those_of_one_process(ranks, references, layout, row):
+# Of the layouts without a row over ranks, one packing shows as much as the others.
+QUICK = {"many", "borders beside the cuts"}
+
+
+def is_slow(layout, row):
+    over_rows = "cp" in LAYOUTS[layout][1]
+    return row not in (QUICK if over_rows else {"many"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        pytest.param(layout, row, marks=[pytest.mark.slow] * is_slow(layout, row))
+        for layout in LAYOUTS
+        for row in ROWS
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_process(
+    ranks, references, layout, row, record_property
+):
     size, sizes, exchanges = LAYOUTS[layout]
     results = ranks(on_rank, size, ROWS[row], config_of(), sizes, exchanges, False)
-    assert_same(results, references(row))
+    error = worst_error(results, references(row))
+    assert error < 1e-5
+    record_property("parity", [f"{size}: {layout}", row, error])
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "rows", "heads, rows, experts", "stages of shards"])
 def test_recomputed_activations_change_nothing(ranks, references, layout):
     size, sizes, exchanges = LAYOUTS[layout]
     results = ranks(on_rank, size, ROWS["many"], config_of(), sizes, exchanges, True)
-    assert_same(results, references("many"))
+    assert worst_error(results, references("many")) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["rows", "rows, gathered", "heads, rows, experts"])
@@ -218,11 +240,11 @@ def test_capacity_is_that_of_all_tokens_of_a_row(ranks, references, layout):
     size, sizes, exchanges = LAYOUTS[layout]
     config = config_of(capacity_factor=0.8)
     results = ranks(on_rank, size, ROWS["many"], config, sizes, exchanges, False)
-    assert_same(results, references("many", capacity_factor=0.8))
+    assert worst_error(results, references("many", capacity_factor=0.8)) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "heads, experts, widths", "stages of shards"])
 def test_shared_expert(ranks, references, layout):
     size, sizes, exchanges = LAYOUTS[layout]
     results = ranks(on_rank, size, ROWS["many"], config_of(shared=12), sizes, exchanges, False)
-    assert_same(results, references("many", shared=12))
+    assert worst_error(results, references("many", shared=12)) < 1e-5
