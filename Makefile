@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run train test test-all check bench bench-million bench-serving bench-gpu clean
+.PHONY: help run train test test-all check bench bench-million bench-serving bench-distributed bench-gpu clean
 
 help: ## show this list
 	@echo "linnet: train, load and run hybrid lightning-attention language models"
@@ -62,6 +62,10 @@ bench-serving: $(VENV)/dev.stamp ## measure the engine against transformers (abo
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/serving.py --long 1048576
 	$(BIN)/python benchmarks/serving.py --cold-start
+	$(BIN)/python scripts/performance_page.py
+
+bench-distributed: $(VENV)/dev.stamp ## measure one against two processes, and LASP+ (about 8 minutes)
+	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python scripts/performance_page.py
 
 bench-gpu: $(VENV)/dev.stamp ## measure the GPU of this machine

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
 COMMANDS = re.findall(r"^linnet .*", SHELL, flags=re.MULTILINE)
+LAUNCHED = re.findall(r"^torchrun .*", SHELL, flags=re.MULTILINE)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 SHORTER = ["train.total_tokens=12_288", "train.final_eval_tokens=2_000", "samples=1"]
 TALKING = {"chat": "Hello\n"}
@@ -73,6 +74,29 @@ def test_command_succeeds(command, folder):
     process = start([verb, *rest], folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     output, _ = process.communicate(TALKING.get(verb, ""), timeout=280)
     assert process.returncode == 0 and output.strip()
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launched_command_succeeds(command, folder):
+    arguments = shlex.split(command)[1:]
+    arguments += [word for change in SHORTER for word in ("--set", change)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
+    result = subprocess.run(
+        [*launcher, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "12,288 tokens" in result.stdout and "report.html" in result.stdout
+
+
+def test_there_are_launched_commands():
+    sizes = [re.search(r"--nproc-per-node (\d)", command) for command in LAUNCHED]
+    assert [size and size[1] for size in sizes] == ["2", "4"]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -83,8 +83,8 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--gather",
         choices=("bf16", "fp32"),
-        default="bf16",
-        help="in which FSDP gathers fp32 weights",
+        default="fp32",
+        help="in which FSDP gathers fp32 weights; linnet train gathers fp32 (default)",
     )
     train.add_argument("--recompute", choices=("auto", "none", "full"), default="auto")
 

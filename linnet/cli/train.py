@@ -71,7 +71,10 @@ def train(recipe: "Recipe | SftRecipe", args: argparse.Namespace) -> int:
     print(f"report  {write_report(recipe.folder)}")
     if not trainer.is_complete:
         changes = [word for change in args.set for word in ("--set", change)]
-        command = shlex.join(["linnet", args.verb, args.recipe, *changes, "--resume"])
+        start = ["linnet"]
+        if launch is not None:
+            start = ["torchrun", "--nproc-per-node", str(launch.node_size), "-m", "linnet"]
+        command = shlex.join([*start, args.verb, args.recipe, *changes, "--resume"])
         print(f"stopped early; go on with: {command}")
         return 130
     return 0

@@ -14,6 +14,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,10 +95,11 @@ class EngineRanks:
         self.is_open = False
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """Let the other ranks go, if they are there."""
         if self.is_open:
             self._notes.clear()
-            self.send("end")
+            with suppress(EngineError):
+                self.send("end")
             self.is_open = False
 
     def follow(self) -> None:

@@ -1,6 +1,10 @@
-"""One model over many ranks, applied from outside; so far the axis along the tokens of a row."""
+"""One model over many ranks: how the ranks are cut, and what is exchanged between them.
+
+`apply.ParallelModel` puts it together, always in the same order; docs/parallelism.md explains it.
+"""
 
 from linnet.parallel.context import ContextParallel, Shard
 from linnet.parallel.exchange import Nodes
+from linnet.parallel.layout import Layout
 
-__all__ = ["ContextParallel", "Nodes", "Shard"]
+__all__ = ["ContextParallel", "Layout", "Nodes", "Shard"]

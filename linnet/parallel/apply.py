@@ -164,8 +164,10 @@ class ParallelModel:
         """Return how states travel along a row.
 
         Raises:
-            ConfigError: `two_level` without whole nodes.
+            ConfigError: `two_level` without whole nodes, or pieces out of order in a ring.
         """
+        if exchanges.balanced and exchanges.states == "ring":
+            raise ConfigError("balanced rows exchange states at once: states = 'all_gather'")
         size = self.mesh.size("cp")
         per_node = exchanges.node_size // self.mesh.size("tp")  # tp ranks are the nearest
         has_nodes = 1 < per_node < size and size % per_node == 0 and not exchanges.balanced
@@ -240,13 +242,14 @@ def local_part(x: Tensor) -> Tensor:
 
 def _shard_block(block: Block, mesh: Mesh, reshards: bool) -> None:
     experts = block.block_sparse_moe.experts
-    # Along the hidden size, which every layout divides; the number of experts may be small.
-    places = {id(experts.gate_up): ShardPlacement(2), id(experts.down): ShardPlacement(1)}
+    # Along the hidden size, if that can be: a rank may have fewer experts than there are ranks.
+    is_even = experts.down.shape[1] % mesh.size("edp") == 0
+    dims = {id(experts.gate_up): 2, id(experts.down): 1}
     fully_shard(
         experts,
         mesh=mesh.expert_mesh(),
         reshard_after_forward=reshards,
-        shard_placement_fn=lambda p: places[id(p)],
+        shard_placement_fn=lambda p: ShardPlacement(dims[id(p)] if is_even else 0),
     )
     fully_shard(block, mesh=mesh.fsdp_mesh(), reshard_after_forward=reshards)
     for module in (experts, block):

@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from linnet.errors import CheckpointError
 from linnet.parallel.placement import Box
@@ -56,11 +60,11 @@ def save_parts(
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     options: dict[str, Any] = {"storage_writer": writer, "process_group": group}
     if in_background:
-        saving = dcp.async_save(state, async_stager=_CopyParts(), **options)
+        saving = async_save(state, async_stager=_CopyParts(), **options)
         return cast("Future[Any]", saving)
     done: Future[Any] = Future()
     try:
-        done.set_result(dcp.save(state, no_dist=group is None, **options))
+        done.set_result(save(state, no_dist=group is None, **options))
     except (CheckpointException, OSError) as error:
         raise CheckpointError(f"cannot write {folder}: {_reason(error)}") from None
     return done
@@ -101,7 +105,7 @@ class SavedParts:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it reads without the others
-                dcp.load(state, storage_reader=self._reader, no_dist=True)
+                load(state, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.folder} is damaged: {_reason(error)}") from None
 
@@ -142,12 +146,12 @@ class _Part(Tensor):
     """A tensor that tells the checkpoint where it lies in a larger one."""
 
     box: Box
-    values: Tensor
+    own: Tensor
 
     @classmethod
     def of(cls, values: Tensor, box: Box) -> "_Part":
         part = values.detach().as_subclass(cls)
-        part.box, part.values = box, values.detach()
+        part.box, part.own = box, values.detach()
         return part
 
     def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
@@ -160,7 +164,7 @@ class _Part(Tensor):
     def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
         data = TensorWriteData(
             chunk=self._chunk(),
-            properties=TensorProperties.create_from_tensor(self.values),
+            properties=TensorProperties.create_from_tensor(self.own),
             size=torch.Size(self.box.whole),
         )
         index = MetadataIndex(fqn, torch.Size(self.box.start))
@@ -170,7 +174,7 @@ class _Part(Tensor):
         return [self._chunk()]
 
     def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
-        return self.values
+        return self.own
 
 
 class _CopyParts(AsyncStager):
@@ -181,7 +185,7 @@ class _CopyParts(AsyncStager):
     def stage(self, state_dict: dict[str, Any], **_options: Any) -> dict[str, Any]:
         """Return copies on the CPU."""
         return {
-            name: _Part.of(part.values.to("cpu", copy=True), part.box)
+            name: _Part.of(part.own.to("cpu", copy=True), part.box)
             for name, part in state_dict.items()
         }
 

@@ -1,18 +1,15 @@
 """Context parallelism: a packed row over several ranks, applied to a model from outside.
 
 Each rank holds all weights and part of the tokens. Only two operators look beyond a token, so only
-they are replaced: lightning attention by LASP+, softmax attention by its ring. The loss is a sum
-over tokens, so gradients are summed over the ranks.
+they are replaced: lightning attention by LASP+, softmax attention by its ring.
 """
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from linnet.model.attention import LightningAttention, SoftmaxAttention
-from linnet.model.moe import RouterStats
 from linnet.model.transformer import Model
 from linnet.parallel import ring_attention
 from linnet.parallel.exchange import Mode, Nodes, StateExchange
@@ -86,22 +83,3 @@ class ContextParallel:
         own = split.tokens(self.rank).to(tokens.device)
         positions = split.positions(self.rank).to(tokens.device)
         return Shard(tokens[:, own], targets[:, own], positions, cu_seqlens.cpu())
-
-    def share(self, stats: RouterStats, shard: Shard) -> RouterStats:
-        """Return the router statistics of the whole row, with this rank's part of the gradient.
-
-        The balancing losses of all ranks then add up to that of the row, and so do their gradients.
-        """
-        share = shard.tokens.shape[1] / int(shard.cu_seqlens[-1])
-        load, entropy = stats.load * share, stats.entropy * share
-        for total in (load, entropy):
-            dist.all_reduce(total, group=self.group)
-        dropped = stats.dropped.clone()
-        dist.all_reduce(dropped, group=self.group)
-        return RouterStats(load, stats.probability * share, dropped, entropy)
-
-    def sum_gradients(self, model: torch.nn.Module) -> None:
-        """Add up the gradients of all ranks."""
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=self.group)

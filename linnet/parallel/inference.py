@@ -45,11 +45,9 @@ def inference_layout(
         ep = math.gcd(world_size // max(1, etp or 1), config.num_local_experts)
     if etp is None:
         etp = math.gcd(world_size // max(1, ep), config.intermediate_size)
-    sizes = {"tp": tp, "ep": ep, "etp": etp}
-    layout = Layout.for_world(world_size, **sizes)
-    if cp is not None:  # once as cp, so that an error speaks of it
-        layout = Layout.for_world(world_size, dp_shard=1, cp=cp, **sizes)
-        layout = replace(layout, cp=1, dp_shard=cp)
+    if cp is not None:
+        Layout.for_world(world_size, dp_shard=1, cp=cp, tp=tp)  # its error speaks of cp
+    layout = Layout.for_world(world_size, tp=tp, ep=ep, etp=etp)
     layout.check_model(config)
     return layout
 

@@ -11,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from linnet.errors import ConfigError
 
@@ -109,11 +111,11 @@ def connect(launch: Launch) -> torch.device:
         timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
         size = launch.world_size
         try:
-            store, _, _ = next(dist.rendezvous("env://", launch.rank, size, timeout=timeout))
+            store, _, _ = next(rendezvous("env://", launch.rank, size, timeout=timeout))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 # torchrun's store outlives a restart, with the addresses of those that died.
-                store=dist.PrefixStore(f"linnet/{launch.restarts}", store),
+                store=PrefixStore(f"linnet/{launch.restarts}", store),
                 rank=launch.rank,
                 world_size=size,
                 timeout=timeout,

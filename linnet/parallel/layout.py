@@ -108,7 +108,6 @@ class Layout:
             ("tp", self.tp, "num_key_value_heads", config.num_key_value_heads),
             ("ep", self.ep, "num_local_experts", config.num_local_experts),
             ("etp", self.etp, "intermediate_size", config.intermediate_size),
-            ("edp", self.edp, "hidden_size", config.hidden_size),
         )
         for axis, size, key, value in parts:
             if value % size:

@@ -30,7 +30,7 @@ def share_heads(attention: LightningAttention | SoftmaxAttention, group: dist.Pr
         attention.num_heads //= size
         own = slice(rank * attention.num_heads, (rank + 1) * attention.num_heads)
         attention.keep_heads(own)
-        attention.norm = RMSNormAcrossRanks(attention.norm, group)
+        attention.add_module("norm", RMSNormAcrossRanks(attention.norm, group))
     attention.register_forward_pre_hook(lambda _, args: (_Enter.apply(args[0], group), *args[1:]))
     attention.register_forward_hook(lambda _, args, y: _Leave.apply(y, group))
 

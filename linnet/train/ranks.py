@@ -110,7 +110,9 @@ class ManyRanks:
         self.model = self.parallel.model
         self.model.tokenizer = self.material.tokenizer
         self.optimizer = build_optimizer(self.parallel.parameters.values(), recipe.optim)
-        self._save_group = dist.new_group(backend="gloo", timeout=timeout)
+        save_group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(save_group, dist.ProcessGroup)
+        self._save_group = save_group
         self._saving: _Saving | None = None
         self._last: StepSums | None = None
         self._received: list[int] = []
@@ -133,7 +135,8 @@ class ManyRanks:
             if rows % num_rows:
                 raise ConfigError(
                     f"a batch of {rows} rows of train.micro_batch_tokens cannot be shared by "
-                    f"dp_replicate*dp_shard = {num_rows}; change train.batch_tokens or the layout"
+                    f"dp_replicate*dp_shard = {num_rows}; make train.micro_batch_tokens smaller, "
+                    "or let ranks share rows with parallel.cp"
                 )
             if rows // num_rows < num_stages:
                 raise ConfigError(
@@ -267,12 +270,15 @@ class ManyRanks:
         """Scale all gradients to a joint norm of at most `max_norm`; return the norm before."""
         parameters = self.parallel.parameters
         gradients = {n: local_part(p.grad) for n, p in parameters.items() if p.grad is not None}
-        norms = torch._foreach_norm(list(gradients.values()))
-        replicas = torch.tensor([self.parallel.replicas[name] for name in gradients])
-        squares = torch.stack(norms).double().cpu().square() / replicas
-        norm = math.sqrt(float(self._sum(squares.sum()[None])))
+        squares = [
+            torch.linalg.vector_norm(gradient).double().square().cpu()
+            / self.parallel.replicas[name]
+            for name, gradient in gradients.items()
+        ]
+        norm = math.sqrt(float(self._sum(torch.stack(squares).sum()[None])))
         if 0 < max_norm < norm < float("inf"):
-            torch._foreach_mul_(list(gradients.values()), max_norm / (norm + 1e-6))
+            for gradient in gradients.values():
+                gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
     def update(self, applies: bool) -> None:

@@ -1,6 +1,8 @@
 """The engine over ranks against the engine of one process: every answer and its probabilities."""
 
 import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -162,10 +164,10 @@ def on_rank(group, folder, sizes, scenario, quantization=None):
         engine.stop()
 
 
-def parts(group, folder, sizes, quantization=None):
+def parts(group, folder, sizes, quantization=None, timeout=None):
     world = dist.get_world_size(group)
     layout = inference_layout(linnet.load(folder, device="meta").config, world, **sizes)
-    mesh = Mesh(layout, dist.get_process_group_ranks(group))
+    mesh = Mesh(layout, dist.get_process_group_ranks(group), timeout=timeout)
     model = load_parallel(folder, mesh, torch.float32, quantization)
     return model, EngineRanks(model, mesh)
 
@@ -277,6 +279,45 @@ def test_a_failed_step_ends_the_engine_for_good(ranks, folder):
     assert not is_healthy and "the engine has failed" in refusal
 
 
+def idle_on_rank(group, folder, seconds):
+    """Leave the engine idle for longer than a rank waits, then ask it something."""
+    linnet.infer.ranks.HEARTBEAT_S = 0.5
+    model, ranks = parts(group, folder, {}, timeout=timedelta(seconds=3))
+    if dist.get_rank(group):
+        ranks.follow()
+        return None
+    engine = Engine(model, EngineSettings(max_sequences=2, max_model_len=64), ranks)
+    engine.start()
+    try:
+        time.sleep(seconds)
+        answer = Answer(engine, prompt_of(0, 5))
+        assert answer.done.wait(30)
+        return answer.facts()[-1]
+    finally:
+        engine.stop()
+
+
+@pytest.mark.slow
+def test_an_idle_engine_stays_in_touch(ranks, folder):
+    assert ranks(idle_on_rank, 2, folder, 5.0) == ["length", None]
+
+
+def silent_on_rank(group, folder):
+    _, ranks = parts(group, folder, {}, timeout=timedelta(seconds=1))
+    if not dist.get_rank(group):
+        time.sleep(2)
+        return None
+    try:
+        ranks.follow()
+    except EngineError as error:
+        return str(error)
+
+
+def test_a_rank_does_not_wait_for_ever_for_a_silent_one(ranks, folder):
+    (_, message) = ranks(silent_on_rank, 2, folder)
+    assert message.startswith("rank 0 has ended, or is silent for too long")
+
+
 @pytest.mark.parametrize(
     ("heads", "groups", "experts", "world", "sizes", "expected"),
     [
@@ -303,6 +344,7 @@ def test_layout_takes_what_divides(heads, groups, experts, world, sizes, expecte
         (8, {"tp": 8}, "tp = 8 does not divide num_key_value_heads = 4"),
         (2, {"tp": 3}, "2 ranks cannot be cut: tp=3 = 3 does not divide 2"),
         (4, {"ep": 3}, "4 ranks per stage .* no multiple of ep\\*etp"),
+        (2, {"tp": 1, "cp": 3}, "cp=3 .* = 3 ranks; 2 were started"),
         (4, {"tp": 2, "cp": 4}, "cp=4\\*tp=2 = 8 does not divide 4|4 were started"),
         (3, {"cp": 3, "etp": 3}, "etp = 3 does not divide intermediate_size = 20"),
     ],

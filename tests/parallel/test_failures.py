@@ -117,7 +117,7 @@ def test_rank_that_dies_or_hangs_stops_all_others_with_one_line(recipe, tmp_path
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
     checkpoints = list_checkpoints(tmp_path / "lost" / "checkpoints")
     assert checkpoints
     for checkpoint in checkpoints:
@@ -125,10 +125,13 @@ def test_rank_that_dies_or_hangs_stops_all_others_with_one_line(recipe, tmp_path
         assert len(list((checkpoint / "sharded").iterdir())) == 3
 
 
-def torchrun(recipe: Path, size: int, *arguments: str) -> subprocess.Popen[str]:
+def torchrun(
+    recipe: Path, size: int, *arguments: str, resume: bool = False
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
     command += ["--master-port", "0", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-backend", "c10d"]
     command += [*arguments, "-m", "linnet", "train", str(recipe), "--quiet"]
+    command += ["--resume"] * resume
     return subprocess.Popen(
         command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -139,32 +142,27 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
+def finish(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=240)
+    return process.returncode
+
+
 def test_launcher_goes_on_after_a_killed_worker_and_then_with_fewer(recipe, tmp_path):
-    assert torchrun(recipe("whole", 30), 2).wait(timeout=240) == 0
+    assert finish(torchrun(recipe("whole", 30), 2)) == 0
     path = recipe("killed", 30)
     killed = torchrun(path, 4, "--max-restarts", "2")
     try:
         wait_for_steps(tmp_path / "killed", 8)
         os.kill(children(killed)[1], signal.SIGKILL)
-        time.sleep(1)
         wait_for_steps(tmp_path / "killed", 18)
-        killed.send_signal(signal.SIGTERM)
-        killed.wait(timeout=120)
     finally:
-        killed.kill()
+        killed.send_signal(signal.SIGTERM)
+        finish(killed)
     assert list_checkpoints(tmp_path / "killed" / "checkpoints")
-    fewer = torchrun(path, 2)
-    fewer.wait(timeout=240)
-    assert fewer.returncode != 0, "a run that exists is not begun anew without --resume"
-    command = torchrun(path, 2)
-    command.kill()
-    rest = subprocess.run(
-        [*map(str, command.args), "--resume"], env=environment(), capture_output=True, text=True
-    )
-    assert rest.returncode == 0, rest.stderr[-2000:]
-    losses = [
-        [row["train/loss"] for row in read_metrics(tmp_path / n)] for n in ("whole", "killed")
-    ]
+    assert finish(torchrun(path, 2)) != 0, "a run that exists is begun anew with no word"
+    assert finish(torchrun(path, 2, resume=True)) == 0
+    whole, killed = (read_metrics(tmp_path / name) for name in ("whole", "killed"))
+    losses = [[row["train/loss"] for row in rows] for rows in (whole, killed)]
     assert len(losses[0]) == 30
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["complete"]

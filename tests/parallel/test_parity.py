@@ -162,6 +162,7 @@ def worst_error(results, expected):
 LAYOUTS = {
     "fsdp": (2, {}, {}),
     "fsdp 4": (4, {}, {}),
+    "fsdp, uneven": (3, {}, {}),
     "replicas of shards": (4, {"dp_replicate": 2}, {}),
     "replicas": (2, {"dp_replicate": 2}, {}),
     "rows": (3, {"cp": 3}, {}),

@@ -21,7 +21,7 @@ class TrainingJob:
     """Tokens of a sequence; one document each, which is the worst case for attention."""
     batch_tokens: int
     """Of a step, over all ranks."""
-    gather: Gather = "bf16"
+    gather: Gather = "fp32"
     """Dtype in which FSDP gathers fp32 weights."""
 
     def __post_init__(self) -> None:
