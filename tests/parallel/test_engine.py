@@ -345,7 +345,7 @@ def test_layout_takes_what_divides(heads, groups, experts, world, sizes, expecte
         (2, {"tp": 3}, "2 ranks cannot be cut: tp=3 = 3 does not divide 2"),
         (4, {"ep": 3}, "4 ranks per stage .* no multiple of ep\\*etp"),
         (2, {"tp": 1, "cp": 3}, "cp=3 .* = 3 ranks; 2 were started"),
-        (4, {"tp": 2, "cp": 4}, "cp=4\\*tp=2 = 8 does not divide 4|4 were started"),
+        (4, {"tp": 2, "cp": 4}, "= 8 ranks; 4 were started"),
         (3, {"cp": 3, "etp": 3}, "etp = 3 does not divide intermediate_size = 20"),
     ],
     ids=str,
