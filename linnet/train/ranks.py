@@ -4,16 +4,11 @@ The loss is divided by the targets of all rows of all ranks, and gradients are a
 the layout, a step is that of one process, but for rounding.
 """
 
-import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,58 +16,33 @@ from torch import Tensor
 
 from linnet import __version__
 from linnet.data import PackedBatch
-from linnet.errors import CheckpointError, ConfigError, LinnetError, TrainingError
+from linnet.errors import ConfigError, LinnetError, TrainingError
 from linnet.model.moe import RouterStats
 from linnet.model.presets import model_folder
 from linnet.model.transformer import Model
 from linnet.model.weights import load_model
-from linnet.ops import cross_entropy, load_balancing_loss
 from linnet.ops.cross_entropy import IGNORE
 from linnet.parallel.agreement import agree_on_config, agree_on_rows
 from linnet.parallel.apply import Exchanges, ParallelModel, local_part
-from linnet.parallel.balance import Balance, balance_table, gather_rows, share_stats
-from linnet.parallel.checkpoint import SavedParts, save_parts
+from linnet.parallel.balance import Balance, balance_table, gather_rows
 from linnet.parallel.context import Shard
-from linnet.parallel.export import export_files
 from linnet.parallel.filling import FromFolder, FromSeed
 from linnet.parallel.launch import Launch, connect, lost_contact
 from linnet.parallel.mesh import Mesh
 from linnet.parallel.pipeline import Pipeline
-from linnet.storage import publish_folder
 from linnet.train.alone import prepare
-from linnet.train.checkpoint import (
-    Progress,
-    check_same_model,
-    drop_old,
-    note_random_state,
-    read_progress,
-    set_random_state,
-)
+from linnet.train.checkpoint import Progress
 from linnet.train.machine import compute_dtype
 from linnet.train.material import HeldOut
 from linnet.train.optim import build_optimizer
+from linnet.train.rank_files import RankFiles
 from linnet.train.recipe import Recipe
+from linnet.train.row_loss import RowLoss
 from linnet.train.sft import SftRecipe
-from linnet.train.sharded import (
-    SHARDED,
-    is_sharded,
-    load_moments_of_one,
-    load_parts,
-    parts_of,
-)
 from linnet.train.workers import StepSums
 
 TOKENIZING_TIMEOUT = timedelta(days=1)
 """In which the first rank tokenizes a corpus, while the others wait."""
-
-
-class _Saving(NamedTuple):
-    """A checkpoint that is being written."""
-
-    files: "Future[Any]"
-    staging: Path
-    target: Path
-    keep_last: int
 
 
 class ManyRanks:
@@ -113,10 +83,10 @@ class ManyRanks:
         save_group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(save_group, dist.ProcessGroup)
         self._save_group = save_group
-        self._saving: _Saving | None = None
+        self._files = RankFiles(self.parallel, self.optimizer, save_group)
+        self._loss = RowLoss(self.parallel, recipe.optim)
         self._last: StepSums | None = None
         self._received: list[int] = []
-        self._total = 1.0
         self._pipeline = None
         if layout.pp > 1:
             self._pipeline = Pipeline(
@@ -124,8 +94,8 @@ class ManyRanks:
                 self.mesh.group("pp"),
                 recipe.model.hidden_size,
                 self.model.compute_dtype,
-                self._nll,
-                self._scaled_aux,
+                self._loss.nll,
+                self._loss.scaled_aux,
             )
 
     def _check_batches(self, num_rows: int, num_stages: int) -> None:
@@ -183,15 +153,8 @@ class ManyRanks:
             agree_on_rows(tokens, self._row, step, self._world)
         for router in self.parallel.routers:
             router.first = step % self.mesh.size("tokens")
-        own = torch.tensor([batch.num_targets for batch in batches], dtype=torch.float64)
-        targets = self._sum(own) * layout.num_rows / layout.world_size
-        self._total = float(targets.sum())
-        # What a row's balancing loss weighs, or that of the rows which the ranks have at a time.
-        weighs = own if self.recipe.optim.aux_loss_over == "row" else targets
-        self._shares = (weighs / self._total).tolist()
+        self._loss.begin([batch.num_targets for batch in batches], self._sum)
         shards = [self.parallel.shard(b.tokens, b.targets, b.cu_seqlens) for b in batches]
-        self._number = 0
-        self._aux_sum = 0.0
         if self._pipeline is not None:
             losses = self._pipeline.run(shards)
             nll = float(sum(loss.detach() for loss in losses)) if losses else 0.0
@@ -200,7 +163,7 @@ class ManyRanks:
             nll, router = self._run(shards)
         self._received = self.parallel.received_rows()
         num_tokens = sum(batch.tokens.shape[1] for batch in batches)
-        self._last = self._sums(nll * self._total, num_tokens, shards, router)
+        self._last = self._sums(nll * self._loss.num_targets, num_tokens, shards, router)
         return self._last
 
     def _run(self, shards: list[Shard]) -> tuple[float, list[list[RouterStats]]]:
@@ -210,30 +173,11 @@ class ManyRanks:
             hidden, stats = self.model.hidden_states(
                 shard.tokens, shard.cu_seqlens, shard.positions
             )
-            loss = self._nll(hidden, shard.targets)
-            (loss + self._scaled_aux(stats, shard)).backward()
+            loss = self._loss.nll(hidden, shard.targets)
+            (loss + self._loss.scaled_aux(stats, shard)).backward()
             nll += float(loss.detach())
             router.append(stats)
         return nll, router
-
-    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        learned = targets[0] != IGNORE
-        weight = self.model.lm_head.weight
-        return cross_entropy(hidden[0][learned], weight, targets[0][learned]) / self._total
-
-    def _scaled_aux(self, stats: list[RouterStats], shard: Shard) -> Tensor:
-        """Return this rank's part of a row's balancing loss, of the layers that it has."""
-        optim = self.recipe.optim
-        group = self.mesh.group("cp" if optim.aux_loss_over == "row" else "tokens")
-        shared = share_stats(stats, shard.tokens.shape[1], group)
-        losses = [
-            load_balancing_loss(s.load, s.probability, optim.aux_loss_normalization) for s in shared
-        ]
-        aux = torch.stack(losses).sum() / self.recipe.model.num_hidden_layers
-        share = self._shares[self._number]
-        self._number += 1
-        self._aux_sum += float(aux.detach()) * share / dist.get_world_size(group)
-        return optim.aux_loss_coef * share * aux
 
     def _sums(
         self, nll: float, num_tokens: int, shards: list[Shard], router: list[list[RouterStats]]
@@ -251,7 +195,7 @@ class ManyRanks:
                 dropped[layer] += float(s.dropped)
                 tokens[layer] += length
         rows = num_tokens / (layout.cp * layout.pp)
-        scalars = torch.tensor([nll, self._aux_sum, rows], dtype=torch.float64)
+        scalars = torch.tensor([nll, self._loss.aux, rows], dtype=torch.float64)
         total = self._sum(torch.cat((load.flatten(), dropped, entropy, tokens, scalars)))
         load, dropped, entropy, tokens, scalars = (total / layout.tp).split(
             [load.numel(), shape[0], shape[0], shape[0], 3]
@@ -259,7 +203,7 @@ class ManyRanks:
         return StepSums(
             nll=float(scalars[0]),
             aux=float(scalars[1]),
-            num_targets=round(self._total),
+            num_targets=round(self._loss.num_targets),
             num_tokens=round(float(scalars[2])),
             load=(load.view(shape) / tokens[:, None]).float(),
             dropped=dropped,
@@ -291,7 +235,7 @@ class ManyRanks:
     def held_out_nll(self, held_out: HeldOut) -> float:
         """Return the negative log-likelihood of all targets, in nats."""
         self.parallel.stage.eval()
-        self._total, total = 1.0, 0.0
+        self._loss.num_targets, total = 1.0, 0.0
         for batch, counts in self._own_batches(held_out):
             shard = self.parallel.shard(batch.tokens, batch.targets, batch.cu_seqlens)
             if self._pipeline is not None:
@@ -300,7 +244,7 @@ class ManyRanks:
                 hidden, _ = self.model.hidden_states(
                     shard.tokens, shard.cu_seqlens, shard.positions
                 )
-                loss = self._nll(hidden, shard.targets)
+                loss = self._loss.nll(hidden, shard.targets)
             total += float(loss) if counts and loss is not None else 0.0
         self.parallel.stage.train()
         self.parallel.reshard()
@@ -317,76 +261,20 @@ class ManyRanks:
             yield _lengthened(first, self.parallel.least_tokens), False
 
     def save(self, folder: Path, progress: Progress, keep_last: int) -> None:
-        """Begin to write a checkpoint; the one before must have its name first."""
-        self.finish_saving(waits=True)
-        note_random_state(progress)
-        target = folder / f"step_{progress.step:08d}"
-        staging = folder / f".{target.name}.tmp"
-        if self.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-            (staging / SHARDED).mkdir(parents=True)
-            (staging / "config.json").write_text(json.dumps(self.recipe.model.to_dict()) + "\n")
-            state = json.dumps(dataclasses.asdict(progress), indent=2) + "\n"
-            (staging / "state.json").write_text(state)
-        dist.barrier(self._world)
-        parts = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
-        files = save_parts(staging / SHARDED, parts, self._save_group, in_background=True)
-        self._saving = _Saving(files, staging, target, keep_last)
+        """Begin to write a checkpoint; the one before gets its name first."""
+        self._files.save(folder, progress, keep_last)
 
     def finish_saving(self, waits: bool) -> None:
         """Give a checkpoint that is written its name; with `waits`, when it is written."""
-        saving = self._saving
-        if saving is None or not (waits or saving.files.done()):
-            return
-        self._saving = None
-        try:
-            saving.files.result()
-            if self.is_main:
-                publish_folder(saving.staging, saving.target)
-                drop_old(saving.target.parent, saving.keep_last)
-        except Exception as error:
-            raise CheckpointError(f"cannot save {saving.target}: {error}") from None
+        self._files.finish_saving(waits)
 
-    @torch.no_grad()
     def load(self, checkpoint: Path) -> Progress:
         """Go on from a checkpoint, of any number of processes."""
-        progress = read_progress(checkpoint)
-        parameters, boxes = self.parallel.parameters, self.parallel.boxes
-        if is_sharded(checkpoint):
-            check_same_model(checkpoint, self.recipe.model)
-            load_parts(checkpoint, parameters, boxes, self.optimizer)
-        else:
-            check_same_model(checkpoint / "model", self.recipe.model)
-            for _, tensors in FromFolder(checkpoint / "model").parts(self.recipe.model, boxes):
-                for name, tensor in tensors.items():
-                    self.parallel.local(name).copy_(tensor)
-            file = checkpoint / "optimizer.safetensors"
-            load_moments_of_one(file, parameters, boxes, self.optimizer)
-        set_random_state(progress)
-        return progress
+        return self._files.load(checkpoint)
 
     def export(self, folder: Path) -> None:
-        """Write the finished model: each rank some of its files, from parts on disk."""
-        self.finish_saving(waits=True)
-        staging = folder.with_name(f".{folder.name}.tmp")
-        parts = folder.with_name(f".{folder.name}.parts")
-        if self.is_main:
-            for path in (staging, parts):
-                shutil.rmtree(path, ignore_errors=True)
-                path.mkdir(parents=True)
-        dist.barrier(self._world)
-        weights = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
-        weights = {name: part for name, part in weights.items() if name.startswith("model/")}
-        save_parts(parts, weights, self._save_group)
-        rank, size = dist.get_rank(), dist.get_world_size()
-        export_files(SavedParts(parts), self.recipe.model, staging, torch.float32, rank, size)
-        dist.barrier(self._world)
-        if self.is_main:
-            self.material.tokenizer.save(staging)
-            publish_folder(staging, folder)
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(parts, ignore_errors=True)
-        dist.barrier(self._world)
+        """Write the finished model: each rank some of its files."""
+        self._files.export(folder, self.material.tokenizer)
 
     def in_contact(self) -> AbstractContextManager[None]:
         """Turn what PyTorch raises when another rank is gone into one clear line."""
