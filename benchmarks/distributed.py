@@ -45,6 +45,7 @@ from linnet.model.init import initialize
 from linnet.ops import cross_entropy, load_balancing_loss
 from linnet.ops.cross_entropy import IGNORE
 from linnet.parallel import collectives, exchange
+from linnet.parallel.balance import share_stats
 from linnet.parallel.collectives import Pending
 from linnet.parallel.context import ContextParallel
 from linnet.parallel.exchange import StateExchange
@@ -215,13 +216,14 @@ def step(model: Model, parallel: ContextParallel | None, row: Row) -> Tensor:
         shard = parallel.shard(*row)
         targets = shard.targets
         hidden, stats = model.hidden_states(shard.tokens, shard.cu_seqlens, shard.positions)
-        stats = [parallel.share(s, shard) for s in stats]
+        stats = share_stats(stats, shard.tokens.shape[1], parallel.group)
     nll = cross_entropy(hidden[0], model.lm_head.weight, targets[0]) / num_targets
     aux = torch.stack([load_balancing_loss(s.load, s.probability) for s in stats]).mean()
     loss = nll + AUX_COEFFICIENT * aux
     loss.backward()
     if parallel is not None:
-        parallel.sum_gradients(model)
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad, group=parallel.group)
     return loss.detach()
 
 
