@@ -224,6 +224,8 @@ def step(model: Model, parallel: ContextParallel | None, row: Row) -> Tensor:
     if parallel is not None:
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad, group=parallel.group)
+        # Each rank has the value of the whole row's balancing loss.
+        loss = nll + AUX_COEFFICIENT * aux / parallel.size
     return loss.detach()
 
 
