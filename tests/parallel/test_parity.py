@@ -3,6 +3,8 @@
 Every axis alone and in combinations, over rows whose documents begin and end on and off the cuts.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -249,3 +251,10 @@ def test_shared_expert(ranks, references, layout):
     size, sizes, exchanges = LAYOUTS[layout]
     results = ranks(on_rank, size, ROWS["many"], config_of(shared=12), sizes, exchanges, False)
     assert worst_error(results, references("many", shared=12)) < 1e-5
+
+
+def test_experts_that_no_number_of_ranks_divides(ranks):
+    """Three ranks: the hidden size cannot be cut evenly, so whole experts are dealt out."""
+    config = replace(config_of(), hidden_size=20)
+    results = ranks(on_rank, 3, ROWS["many"], config, {"cp": 3}, {}, False)
+    assert worst_error(results, whole(ROWS["many"], config)) < 1e-5

@@ -99,7 +99,7 @@ def write_toml(path: Path, recipe) -> None:
 
 @pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, tmp_path):
-    long = {"total_tokens": 128 * 120, "save_every": 5, "eval_every": 40, "threads": 1}
+    long = {"total_tokens": 128 * 60, "save_every": 5, "eval_every": 20, "threads": 1}
     whole, killed = recipe("whole", train=long), recipe("killed", train=long)
     write_toml(tmp_path / "whole.toml", whole)
     write_toml(tmp_path / "killed.toml", killed)
@@ -294,11 +294,11 @@ def test_bf16_computation_keeps_fp32_master_weights(recipe):
 
 
 @pytest.mark.slow
-def test_four_thousand_steps_do_not_grow_memory(recipe):
-    train = {"total_tokens": 64 * 4000, "batch_tokens": 64, "save_every": 500, "eval_every": 500}
+def test_two_thousand_steps_do_not_grow_memory(recipe):
+    train = {"total_tokens": 64 * 2000, "batch_tokens": 64, "save_every": 500, "eval_every": 500}
     trainer = run(recipe(train=train))
     rows = read_metrics(trainer.folder)
     early = max(row["memory/rss_bytes"] for row in rows if 600 <= row["step"] <= 1100)
-    late = max(row["memory/rss_bytes"] for row in rows if row["step"] > 3400)
-    assert rows[-1]["step"] == 4000
+    late = max(row["memory/rss_bytes"] for row in rows if row["step"] > 1500)
+    assert rows[-1]["step"] == 2000
     assert late - early < 8 * 2**20, f"grew by {(late - early) / 2**20:.1f} MiB"
