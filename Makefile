@@ -9,8 +9,9 @@ TORCH_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-# Two processes of one thread each; a file's tests stay together, for what its fixtures build.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread each; a file's tests stay together, for what its fixtures build
+# (tests/conftest.py says which).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PINS := pyproject.toml constraints.txt
 
 # Where this is set, every `linnet` that a test starts would be compiled anew.

@@ -81,6 +81,14 @@ def rng() -> random.Random:
     return random.Random(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, and in one those that start processes themselves."""
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "parallel" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what the parity tests measured, as a table: layouts by packings of documents."""
     reports = terminalreporter.stats.get("passed", [])

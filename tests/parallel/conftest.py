@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-TIMEOUT_S = 300
+TIMEOUT_S = 120
+PRELOADED = ["linnet.train.ranks", "linnet.infer", "linnet.infer.ranks", "linnet.parallel.loading"]
+"""What takes seconds to import, once instead of once per process."""
 
 
 def _work(rank: int, size: int, port: int, connection: Connection) -> None:
@@ -39,9 +41,8 @@ def _work(rank: int, size: int, port: int, connection: Connection) -> None:
 
 class _World:
     def __init__(self, size: int) -> None:
-        # Forked from a process that has imported torch already.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "linnet.parallel"])
+        context.set_forkserver_preload(PRELOADED)
         self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         pairs = [context.Pipe() for _ in range(size)]
         self._ends = [ours for ours, _ in pairs]

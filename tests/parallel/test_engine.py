@@ -189,7 +189,13 @@ def assert_same(facts, expected):
         assert own[1] == pytest.approx(other[1], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def slow_but(*quick):
+    """Return all layouts; the others take as long and seldom fail alone."""
+    marks = {name: () if name in quick else (pytest.mark.slow,) for name in LAYOUTS}
+    return [pytest.param(name, marks=marks[name]) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", slow_but("heads and experts"))
 def test_answers_are_those_of_one_process(ranks, folder, layout):
     size, sizes = LAYOUTS[layout]
     (facts, *_) = ranks(on_rank, size, folder, sizes, "mixed")
@@ -198,7 +204,9 @@ def test_answers_are_those_of_one_process(ranks, folder, layout):
     assert_same(facts, expected)
 
 
-@pytest.mark.parametrize("scenario", ["aborted", "guessed", "crowded"])
+@pytest.mark.parametrize(
+    "scenario", ["aborted", "guessed", pytest.param("crowded", marks=pytest.mark.slow)]
+)
 def test_whatever_happens_the_ranks_stay_in_step(ranks, folder, scenario):
     (facts, *_) = ranks(on_rank, 2, folder, {}, scenario)
     assert_same(facts, SCENARIOS[scenario](engine_of(linnet.load(folder, "float32"), scenario)))
@@ -211,7 +219,7 @@ def hidden_on_rank(group, folder, sizes, tokens, quantization=None):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but("heads and experts", "four of each"))
 def test_logits_are_those_of_one_process(ranks, folder, layout, quantization):
     size, sizes = LAYOUTS[layout]
     tokens = torch.tensor([prompt_of(3, 75)])

@@ -74,7 +74,9 @@ def assert_same(results, expected, tolerance):
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.slow] * (size != 3)) for size in (1, 2, 3, 4)]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_logits_are_those_of_one_process(ranks, size, chunks, dtype):
     results = ranks(on_rank, size, chunks, dtype)

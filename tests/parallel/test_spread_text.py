@@ -70,7 +70,7 @@ def on_rank(group, folder, sizes, length, params, chunk):
         spread.close()
 
 
-@pytest.mark.parametrize("length", [1, 200])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 200])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("params", PARAMS)
 def test_text_is_that_of_one_process(ranks, folder, params, layout, length):

@@ -148,6 +148,7 @@ def assert_trained_as_one(ranks, tables, reference, steps):
     assert_same_curve(tables, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_are_those_of_one_process(ranks, recipe_in, reference, layout):
     tables = recipe_in(layout.replace(", ", "-"), LAYOUTS[layout])
