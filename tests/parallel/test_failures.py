@@ -40,7 +40,7 @@ learning_rate = 4e-3
 min_learning_rate = 1e-3
 warmup_steps = 5
 [parallel]
-timeout_s = 8
+timeout_s = 20
 [model]
 preset = "nano"
 vocab_size = 300
