@@ -36,8 +36,8 @@ eval_tokens = 500
 final_eval_tokens = 500
 save_every = 5
 [optim]
-learning_rate = 4e-3
-min_learning_rate = 1e-3
+learning_rate = 5e-4
+min_learning_rate = 1e-4
 warmup_steps = 5
 [parallel]
 timeout_s = 20
