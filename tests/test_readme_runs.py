@@ -79,7 +79,8 @@ def test_command_succeeds(command, folder):
 @pytest.mark.parametrize("command", LAUNCHED)
 def test_launched_command_succeeds(command, folder):
     arguments = shlex.split(command)[1:]
-    arguments += [word for change in SHORTER for word in ("--set", change)]
+    changes = [*SHORTER, f"data.source={folder / 'notes'}"]
+    arguments += [word for change in changes for word in ("--set", change)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
     result = subprocess.run(
