@@ -65,6 +65,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
         raise ConfigError(f"{names[0]} is {rank} of {names[1]} {world_size}")
     if world_size == 1:
         return None
+    if environment.get("MASTER_PORT") == "0":
+        # PyTorch would wait at it until the timeout.
+        raise ConfigError("MASTER_PORT is 0, where nobody meets; torchrun --standalone finds one")
     return Launch(rank, world_size, local_rank, restarts, node_size)
 
 
