@@ -49,6 +49,11 @@ def test_half_a_launcher_is_refused_in_one_line(says):
     assert "RANK" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_meeting_at_port_zero_is_refused():
+    with pytest.raises(ConfigError, match="MASTER_PORT is 0"):
+        launched({**HOST, "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "2"})
+
+
 def test_lost_contact_is_found_in_the_chain_of_errors():
     try:
         try:
