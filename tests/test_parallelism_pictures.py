@@ -67,7 +67,7 @@ def test_passes_of_a_pipeline_follow_what_they_need(script):
 
 
 def test_page_and_recipes_have_the_same_keys():
-    named = set(re.findall(r"parallel\.(\w+)", PAGE)) - {"md", "py", "long_context"}
+    named = set(re.findall(r"parallel\.(\w+)", PAGE)) - {"md", "py"}
     assert named == {field.name for field in dataclasses.fields(ParallelSection)}
 
 

@@ -17,7 +17,7 @@ from linnet.cli.options import (
 
 if TYPE_CHECKING:
     from linnet.infer import SamplingParams
-    from linnet.infer.spread_text import SpreadText
+    from linnet.infer.ranks import EngineRanks
     from linnet.model import Model
 
 
@@ -33,7 +33,7 @@ def add_parser(verbs) -> None:
     parser.add_argument("prompt", help="text to continue, or - to read it from standard input")
     add_loading_options(parser)
     add_sampling_options(parser, temperature=0.8, max_tokens=256)
-    add_rank_options(parser, has_cp=True)
+    add_rank_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,26 +42,22 @@ def run(args: argparse.Namespace) -> int:
     params, launch = sampling_params(args), launch_of(args)
     if launch is None:
         return _write(args.prompt, load(args), params)
-    model, mesh = load_over_ranks(args, launch)
-
-    from linnet.infer.spread_text import SpreadText
-
-    spread = SpreadText(model, mesh)
+    ranks = load_over_ranks(args, launch)
     if launch.rank:
-        return follow(spread)
+        return follow(ranks)
     try:
-        return _write(args.prompt, model, params, spread)
+        return _write(args.prompt, ranks.model, params, ranks)
     finally:
-        spread.close()
+        ranks.close()
 
 
 def _write(
-    prompt: str, model: "Model", params: "SamplingParams", spread: "SpreadText | None" = None
+    prompt: str, model: "Model", params: "SamplingParams", ranks: "EngineRanks | None" = None
 ) -> int:
     from linnet.infer import stream_text
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    pieces = stream_text(model, prompt, params, spread)
+    pieces = stream_text(model, prompt, params, ranks)
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from linnet.infer import SamplingParams
     from linnet.infer.ranks import EngineRanks
-    from linnet.infer.spread_text import SpreadText
     from linnet.model import Model
     from linnet.parallel.launch import Launch
     from linnet.parallel.mesh import Mesh
@@ -45,7 +44,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_rank_options(parser: argparse.ArgumentParser, has_cp: bool = False) -> None:
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Add how ranks share the model, where a launcher started several."""
     group = parser.add_argument_group(
         "ranks",
@@ -70,13 +69,12 @@ def add_rank_options(parser: argparse.ArgumentParser, has_cp: bool = False) -> N
         metavar="RANKS",
         help="that share the width of each expert (default: what --ep leaves)",
     )
-    if has_cp:
-        group.add_argument(
-            "--cp",
-            type=int,
-            metavar="RANKS",
-            help="that share the prompt, its keys and its values (default: what --tp leaves)",
-        )
+    group.add_argument(
+        "--cp",
+        type=int,
+        metavar="RANKS",
+        help="that share prompts, their keys and their values (default: what --tp leaves)",
+    )
 
 
 def add_sampling_options(
@@ -151,7 +149,7 @@ def launch_of(args: argparse.Namespace) -> "Launch | None":
     return launch
 
 
-def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "tuple[Model, Mesh]":
+def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "EngineRanks":
     """Load this rank's part of the model; if one rank cannot, all end, and the first says why.
 
     Raises:
@@ -160,6 +158,7 @@ def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "tuple[Model,
     """
     import torch.distributed as dist
 
+    from linnet.infer.ranks import EngineRanks
     from linnet.parallel.channel import ranks_where
     from linnet.parallel.launch import connect
 
@@ -175,10 +174,10 @@ def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "tuple[Model,
         raise failure
     if failed or result is None:
         raise SystemExit(1)
-    return result
+    return EngineRanks(*result)
 
 
-def follow(ranks: "EngineRanks | SpreadText") -> int:
+def follow(ranks: "EngineRanks") -> int:
     """Do what rank 0 does until it ends; return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         # A launcher sends them to all ranks; rank 0 decides when the others end.

@@ -116,9 +116,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     launch = launch_of(args)
     if launch is not None and launch.rank:
-        from linnet.infer.ranks import EngineRanks
-
-        return follow(EngineRanks(*load_over_ranks(args, launch)))
+        return follow(load_over_ranks(args, launch))
     with _listen(args.host, args.port) as listener:
         settings, engine_settings = _server_settings(args), _engine_settings(args)
 
@@ -140,9 +138,8 @@ def _engine(
 ) -> "Iterator[Engine]":
     """Load the model, over the ranks that were started if there are any."""
     from linnet.infer.engine import Engine
-    from linnet.infer.ranks import EngineRanks
 
-    ranks = None if launch is None else EngineRanks(*load_over_ranks(args, launch))
+    ranks = None if launch is None else load_over_ranks(args, launch)
     try:
         engine = Engine(load(args) if ranks is None else ranks.model, settings, ranks)
         try:

@@ -27,7 +27,7 @@ from linnet.infer.spill import Spill
 from linnet.infer.text_output import TextOutput
 from linnet.infer.updates import FinishReason, Update
 from linnet.infer.vocabulary import Vocabulary
-from linnet.model.paged import PagedMemory
+from linnet.model.paged import PAGE_SIZE, PagedMemory
 from linnet.model.transformer import Model
 
 MAX_FAILURES = 3
@@ -144,6 +144,7 @@ class Engine:
             memory_bytes=settings.memory_bytes,
             config=None if ranks is None else ranks.config,
             free=None if ranks is None else ranks.free_bytes,
+            page_len=PAGE_SIZE if ranks is None else ranks.page_len,
         )
         self.max_model_len = self.plan.max_model_len
         ends = end_tokens(model)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from linnet.infer.choosing import Chooser
+from linnet.infer.ranks import EngineRanks
 from linnet.infer.sampler import SamplingParams
 from linnet.infer.spread_text import SpreadText
 from linnet.infer.text_output import TextOutput
@@ -59,7 +60,7 @@ def stream_text(
     model: Model,
     prompt: str | Sequence[int],
     params: SamplingParams,
-    spread: SpreadText | None = None,
+    ranks: EngineRanks | None = None,
 ) -> Iterator[str]:
     """Yield the completion piece by piece; the pieces joined are the text of `generate`.
 
@@ -69,13 +70,13 @@ def stream_text(
         model: with a tokenizer.
         prompt: text, or token ids to be used as they are.
         params: the rules.
-        spread: the ranks that share the model and the text; None for this process alone.
+        ranks: those that share the model and the text, which `follow`; None for this process.
 
     Raises:
         ValueError: at once, as `generate` does.
     """
     output = TextOutput(_tokenizer(model), params.stop, params.include_stop, params.min_tokens)
-    tokens = stream_tokens(model, encode_prompt(model, prompt), params, spread=spread)
+    tokens = stream_tokens(model, encode_prompt(model, prompt), params, ranks=ranks)
     return _pieces(tokens, output)
 
 
@@ -94,7 +95,7 @@ def stream_tokens(
     prompt: Sequence[int],
     params: SamplingParams,
     prefill_chunk: int = PREFILL_CHUNK,
-    spread: SpreadText | None = None,
+    ranks: EngineRanks | None = None,
 ) -> Iterator[int]:
     """Yield the tokens after `prompt`, up to `max_tokens` or an end or stop token, not yielded.
 
@@ -104,7 +105,7 @@ def stream_tokens(
         params: the rules; `stop` is a matter of text and ignored here, and log-probabilities are
             not reported.
         prefill_chunk: prompt tokens per forward pass of a rank; any value gives the same tokens.
-        spread: as of `stream_text`.
+        ranks: as of `stream_text`.
 
     Raises:
         ValueError: at once, for an empty prompt, a model in training mode, a chunk below 1 or a
@@ -119,8 +120,9 @@ def stream_tokens(
     vocabulary = Vocabulary(model.tokenizer, model.config.vocab_size, end_tokens(model))
     chooser = Chooser(params, prompt, vocabulary)
     tokens = torch.tensor([list(prompt)], device=model.device)
-    if spread is not None:
-        chunks = tokens.split(prefill_chunk * spread.num_parts, 1)
+    if ranks is not None:
+        spread = SpreadText(ranks, len(prompt) + params.max_tokens)
+        chunks = tokens.split(prefill_chunk * ranks.num_parts, 1)
         return _decode(chunks, lambda chunk, _: spread.extend(chunk), chooser, params.max_tokens)
     cache = model.new_cache()
     return _decode(

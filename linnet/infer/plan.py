@@ -33,7 +33,7 @@ class MemoryPlan:
     """fp32 states of one sequence."""
     num_slots: int
     page_bytes: int
-    """Keys and values of `PAGE_SIZE` tokens in all softmax layers."""
+    """Keys and values of what is here of `PAGE_SIZE` tokens, in all softmax layers."""
     num_pages: int
     max_model_len: int
 
@@ -70,6 +70,7 @@ def make_plan(
     memory_bytes: int | None = None,
     config: ModelConfig | None = None,
     free: int | None = None,
+    page_len: int = PAGE_SIZE,
 ) -> MemoryPlan:
     """Divide memory between states, keys and values, and workspace.
 
@@ -81,6 +82,7 @@ def make_plan(
         memory_bytes: to use; None for a share of what is free.
         config: with the heads that are here; None for the model's.
         free: bytes; None for what this process may still take.
+        page_len: tokens of each page that are here.
 
     Raises:
         MemoryPlanError: it does not fit; the message has the numbers.
@@ -89,7 +91,7 @@ def make_plan(
     free = free_bytes(model.device) if free is None else free
     budget = int(SHARE_OF_FREE * free) if memory_bytes is None else memory_bytes
     workspace = workspace_bytes(model, config, max_sequences, chunk_tokens)
-    slot, page = slot_bytes(config), page_bytes(config, model.compute_dtype)
+    slot, page = slot_bytes(config), page_bytes(config, model.compute_dtype, page_len)
     needed = pages_of(max_model_len) if max_model_len else 1
     # Room for the longest request comes before room for kept prefixes.
     spare = budget - workspace - max_sequences * slot - needed * page
@@ -125,11 +127,11 @@ def slot_bytes(config: ModelConfig) -> int:
     return 4 * num_lightning * config.num_attention_heads * config.head_dim**2
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def page_bytes(config: ModelConfig, dtype: torch.dtype, page_len: int = PAGE_SIZE) -> int:
     """Return the bytes of one page of keys and values in all softmax layers."""
     num_softmax = sum(kind == SOFTMAX for kind in config.attn_type_list)
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return PAGE_SIZE * num_softmax * per_token
+    return page_len * num_softmax * per_token
 
 
 def workspace_bytes(

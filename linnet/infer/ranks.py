@@ -2,8 +2,8 @@
 
 Rank 0 has the scheduler, the kept prefixes, the sampling and the requests. Its memory and runner,
 `LedMemory` and `LedRunner`, do their work at once and note it; the notes go to the other ranks in
-one message with each step, where `follow` repeats them on that rank's heads and experts. The ranks
-meet within the model, and get the same hidden states; rank 0 alone reads logits.
+one message with each step, where `follow` repeats them on that rank's heads, experts and share of
+the pages. The ranks meet within the model; rank 0 alone reads logits.
 
 The order of the notes is all that keeps the memories alike: slots, pages and lengths are decided on
 rank 0 and named in the message.
@@ -23,11 +23,12 @@ import torch.distributed as dist
 from linnet.errors import EngineError
 from linnet.infer.plan import free_bytes
 from linnet.infer.runner import Chunk, Runner, Step
-from linnet.model.config import ModelConfig
-from linnet.model.paged import Extract, PagedMemory, Row
+from linnet.infer.spread_runner import SpreadRunner
+from linnet.model.paged import PAGE_SIZE, Extract, PagedMemory, Row
 from linnet.model.transformer import Model
 from linnet.parallel.channel import Channel
 from linnet.parallel.inference import local_config
+from linnet.parallel.spread_pages import PageShare
 
 if TYPE_CHECKING:
     from linnet.parallel.mesh import Mesh
@@ -51,6 +52,9 @@ class EngineRanks:
     def __init__(self, model: Model, mesh: "Mesh") -> None:
         self.model = model
         self.config, self._layout = local_config(model.config, mesh.layout), mesh.layout
+        self._share = PageShare(mesh.group("dp_shard"))
+        self.page_len = -(-PAGE_SIZE // self._share.size)
+        """Tokens of a page on the ranks that keep most of them."""
         group = mesh.group("world")
         self.free_bytes = _least_free_bytes(model.device, group)
         self._channel = Channel(group)
@@ -61,9 +65,25 @@ class EngineRanks:
 
     def __str__(self) -> str:
         layout = self._layout
-        sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
+        sizes = {"tp": layout.tp, "cp": self.num_parts, "ep": layout.ep, "etp": layout.etp}
         axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
-        return f"{layout.world_size}: {axes or 'all alike'}; memory is that of each"
+        return f"{layout.world_size}: {axes}; memory is that of each"
+
+    @property
+    def num_parts(self) -> int:
+        """Ranks that share a long chunk of tokens, and every page."""
+        return self._share.size
+
+    def new_memory(self, num_slots: int, num_pages: int, dtype: torch.dtype) -> PagedMemory:
+        """Return what this rank keeps of a paged memory."""
+        sizes = (num_slots, num_pages, dtype, self.model.device, self._share.page_len)
+        return PagedMemory(self.config, *sizes)
+
+    def new_runner(self, memory: PagedMemory, reads_logits: bool = True) -> Runner:
+        """Return what runs this rank's part of each step."""
+        if self._share.size == 1:
+            return Runner(self.model, memory, reads_logits)
+        return SpreadRunner(self.model, memory, self._share, reads_logits)
 
     def note(self, *order: Any) -> None:  # Any: as above
         """Let the other ranks do something before they do what is sent next."""
@@ -108,7 +128,7 @@ class EngineRanks:
         Raises:
             EngineError: rank 0 ended without a word.
         """
-        follower = _Follower(self.model, self.config)
+        follower = _Follower(self)
         while True:
             try:
                 orders = self._channel.receive()
@@ -133,7 +153,7 @@ class LedMemory:
     ) -> None:
         ranks.send("begin", num_slots, num_pages)
         self._ranks = ranks
-        self.own = PagedMemory(ranks.config, num_slots, num_pages, dtype, ranks.model.device)
+        self.own = ranks.new_memory(num_slots, num_pages, dtype)
         self.num_slots, self.num_pages = num_slots, num_pages
 
     def clear(self, slot: int) -> None:
@@ -173,7 +193,7 @@ class LedRunner:
     """
 
     def __init__(self, ranks: EngineRanks, memory: LedMemory) -> None:
-        self._ranks, self._own = ranks, Runner(ranks.model, memory.own)
+        self._ranks, self._own = ranks, ranks.new_runner(memory.own)
 
     def run(self, chunks: Sequence[Chunk]) -> "LedStep":
         """Run one step; see `Runner.run`.
@@ -204,14 +224,14 @@ class LedStep:
 class _Follower:
     """What another rank than 0 does, by the names of the orders."""
 
-    def __init__(self, model: Model, config: ModelConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, ranks: EngineRanks) -> None:
+        self._ranks = ranks
         self.orders = {"begin": self._begin, "run": self._run, "wait": lambda: None}
 
     def _begin(self, num_slots: int, num_pages: int) -> None:
-        model = self._model
-        memory = PagedMemory(self._config, num_slots, num_pages, model.compute_dtype, model.device)
-        self._runner = Runner(model, memory, reads_logits=False)
+        ranks = self._ranks
+        memory = ranks.new_memory(num_slots, num_pages, ranks.model.compute_dtype)
+        self._runner = ranks.new_runner(memory, reads_logits=False)
         for change in (memory.clear, memory.copy_slot, memory.copy_page):
             self.orders[change.__name__] = change
 

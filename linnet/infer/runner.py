@@ -8,6 +8,7 @@ stand behind it: see `linnet.infer.ranks`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -30,16 +31,24 @@ class Chunk:
     """Whether `Step.commit` may be told to forget the tokens."""
 
 
+class Committed(Protocol):
+    """Sequences whose new states wait for being kept; see `PackedRows.commit`."""
+
+    def commit(self, keep: Sequence[bool]) -> None:
+        """Keep the tokens of some of them."""
+        ...
+
+
 class Step:
     """What a step computed; no sequence has grown until `commit`."""
 
     def __init__(self, num_chunks: int) -> None:
         self.logits = [torch.empty(0)] * num_chunks
         """[num_logits, vocab] fp32 on the CPU for each chunk, in the order of the chunks."""
-        self._packed: list[tuple[PackedRows, list[int]]] = []
+        self._packed: list[tuple[Committed, list[int]]] = []
         self._rows: list[Row] = []
 
-    def add_packed(self, rows: PackedRows, places: list[int]) -> None:
+    def add_packed(self, rows: Committed, places: list[int]) -> None:
         """Note sequences whose new states wait for `commit`, and the places of their chunks."""
         self._packed.append((rows, places))
 
@@ -101,7 +110,7 @@ class Runner:
         device = self.model.device
         lengths = [len(chunks[n].tokens) for n in places]
         num_logits = [chunks[n].num_logits for n in places]
-        rows = PackedRows(self.memory, [chunks[n].row for n in places], lengths, device, num_logits)
+        rows = self._rows([chunks[n].row for n in places], lengths, num_logits)
         tokens = [token for n in places for token in chunks[n].tokens]
         hidden = self.model.continue_packed(torch.tensor([tokens], device=device), rows)[0]
         if self._reads_logits and sum(num_logits):
@@ -109,6 +118,11 @@ class Runner:
             for n, own in zip(places, logits.split(num_logits), strict=True):
                 step.logits[n] = own
         step.add_packed(rows, places)
+
+    def _rows(
+        self, rows: Sequence[Row], lengths: Sequence[int], num_logits: Sequence[int]
+    ) -> PackedRows:
+        return PackedRows(self.memory, rows, lengths, self.model.device, num_logits)
 
 
 def _is_single(chunk: Chunk) -> bool:

@@ -92,7 +92,7 @@ def _table_of(model: "Model", memory: PagedMemory) -> native.Model | None:
         return None
     decoder = _decoder_of(model)
     config = model.config
-    is_fit = memory.is_cpu and memory.kinds == config.attn_type_list
+    is_fit = memory.device.type == "cpu" and memory.kinds == config.attn_type_list
     if not is_fit or memory.dtype != model.compute_dtype:
         return None
     return decoder.table.native

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from linnet.model.config import SOFTMAX, ModelConfig
 from linnet.ops import continue_softmax_attention
+from linnet.ops.matmul import wide_dtype
 from linnet.ops.native.decode import KEY_BLOCK
 
 PAGE_SIZE = KEY_BLOCK
@@ -71,6 +72,7 @@ class PagedMemory:
         num_pages: of `PAGE_SIZE` tokens, in each softmax layer.
         dtype: of keys and values: the model's compute dtype.
         device: where the model is.
+        page_len: tokens of each page that are kept here; the others are elsewhere.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class PagedMemory:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        page_len: int = PAGE_SIZE,
     ) -> None:
         heads, dim, groups = (
             config.num_attention_heads,
@@ -87,26 +90,26 @@ class PagedMemory:
             config.num_key_value_heads,
         )
         self.kinds = config.attn_type_list
-        self.num_slots, self.num_pages = num_slots, num_pages
-        self.dtype, self.is_cpu = dtype, torch.device(device).type == "cpu"
+        self.num_slots, self.num_pages, self.page_len = num_slots, num_pages, page_len
+        self.dtype, self.device = dtype, torch.device(device)
         # Not zeroed: the pages of memory that no sequence has used are not taken from the machine.
         self.states: list[Tensor | None] = [
             None
             if kind == SOFTMAX
-            else torch.empty(num_slots, heads, dim, dim, device=device, dtype=torch.float32)
+            else torch.empty(num_slots, heads, dim, dim, device=device, dtype=wide_dtype(dtype))
             for kind in self.kinds
         ]
-        """[slots, H, K, K] fp32 of each lightning layer."""
+        """[slots, H, K, K] fp32 (fp64 of an fp64 model) of each lightning layer."""
         self.keys, self.values = (
             [
-                torch.empty(num_pages, PAGE_SIZE, groups, dim, device=device, dtype=dtype)
+                torch.empty(num_pages, page_len, groups, dim, device=device, dtype=dtype)
                 if kind == SOFTMAX
                 else None
                 for kind in self.kinds
             ]
             for _ in range(2)
         )
-        """[pages, PAGE_SIZE, G, K] of each softmax layer."""
+        """[pages, page_len, G, K] of each softmax layer."""
 
     def clear(self, slot: int) -> None:
         """Set the states of a slot to those of an empty sequence."""
@@ -122,6 +125,28 @@ class PagedMemory:
         """Copy the keys and values of one page to another."""
         for tensor in self._softmax():
             tensor[target] = tensor[source]
+
+    def write(self, layer: int, pages: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put keys and values [1, T, G, K] into places [T] of pages [T]."""
+        keys, values = self._layer(layer)
+        keys[pages, places], values[pages, places] = k[0], v[0]
+
+    def past(self, layer: int, row: Row, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys and values [1, S, G, K] of a row, from a bounded number of pages each.
+
+        Args:
+            layer: a softmax layer.
+            row: the sequence.
+            num_tokens: of its first tokens that are kept here.
+        """
+        keys, values = self._layer(layer)
+        segment = SEGMENT_PAGES * self.page_len
+        for start in range(0, num_tokens, segment):
+            first = start // self.page_len
+            stop = min(num_tokens, start + segment)
+            pages = _indices(row.pages[first : -(-stop // self.page_len)]).to(keys.device)
+            k, v = (x.index_select(0, pages).flatten(0, 1)[None] for x in (keys, values))
+            yield k[:, : stop - start], v[:, : stop - start]
 
     def take_out(self, row: Row) -> Extract:
         """Return a copy of what a sequence has."""
@@ -142,6 +167,11 @@ class PagedMemory:
         for tensor, own in zip(self._softmax(), (*extract.keys, *extract.values), strict=True):
             tensor[pages.to(tensor.device)] = own.unflatten(0, (-1, PAGE_SIZE)).to(tensor.device)
         row.length = extract.length
+
+    def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        return keys, values
 
     def _lightning(self) -> Iterator[Tensor]:
         return (state for state in self.states if state is not None)
@@ -192,7 +222,7 @@ class PackedRows:
             _indices(row.pages)[row_positions // PAGE_SIZE]
             for row, row_positions in zip(rows, positions, strict=True)
         ]
-        self._pages, self._offsets = torch.cat(pages).to(device), self._positions % PAGE_SIZE
+        self._pages, self._places = torch.cat(pages).to(device), self._positions % PAGE_SIZE
         self._slots = torch.tensor([row.slot for row in rows], device=device)
         self._new_states: dict[int, Tensor] = {}
 
@@ -214,25 +244,14 @@ class PackedRows:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]
     ) -> Tensor:
         """Write keys and values [1, T, G, K], and attend sequence by sequence."""
-        keys, values = self._memory.keys[layer], self._memory.values[layer]
-        assert keys is not None and values is not None
-        keys[self._pages, self._offsets] = k[0]
-        values[self._pages, self._offsets] = v[0]
-        is_whole = q.shape[1] == k.shape[1]
-        counts = self._lengths if is_whole else self._num_wanted
+        self._memory.write(layer, self._pages, self._places, k, v)
         parts = []
-        spans = zip(
-            self._rows, q.split(list(counts), 1), itertools.pairwise(self._bounds), strict=True
-        )
-        for row, own_q, (start, stop) in spans:
-            own_k, own_v = k[:, start:stop], v[:, start:stop]
-            if not own_q.shape[1]:
-                continue
+        for row, own_q, own_k, own_v in self.asking(q, k, v):
             if row.length:
                 # Tokens before the first query are all of its past.
-                first = stop - start - own_q.shape[1]
+                first = own_k.shape[1] - own_q.shape[1]
                 past = itertools.chain(
-                    _segments(keys, values, row),
+                    self._memory.past(layer, row, row.length),
                     [(own_k[:, :first], own_v[:, :first])] if first else [],
                 )
                 parts.append(
@@ -241,6 +260,19 @@ class PackedRows:
             else:
                 parts.append(attend(own_q, own_k, own_v))
         return torch.cat(parts, 1) if parts else q
+
+    def asking(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> Iterator[tuple[Row, Tensor, Tensor, Tensor]]:
+        """Yield the sequences with queries, and their own part of q [1, W, H, K], k and v."""
+        is_whole = q.shape[1] == k.shape[1]
+        counts = self._lengths if is_whole else self._num_wanted
+        spans = zip(
+            self._rows, q.split(list(counts), 1), itertools.pairwise(self._bounds), strict=True
+        )
+        for row, own_q, (start, stop) in spans:
+            if own_q.shape[1]:
+                yield row, own_q, k[:, start:stop], v[:, start:stop]
 
     def commit(self, keep: Sequence[bool]) -> None:
         """Replace the states and count the tokens of the sequences that keep them.
@@ -259,15 +291,6 @@ class PackedRows:
             states[slots] = new if len(kept) == len(keep) else new[index]
         for n in kept:
             self._rows[n].length += self._lengths[n]
-
-
-def _segments(keys: Tensor, values: Tensor, row: Row) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the past of a row as (keys, values) [1, S, G, K], a bounded number of pages each."""
-    for start in range(0, row.length, SEGMENT_PAGES * PAGE_SIZE):
-        stop = min(row.length, start + SEGMENT_PAGES * PAGE_SIZE)
-        pages = _indices(row.pages[start // PAGE_SIZE : pages_of(stop)]).to(keys.device)
-        k, v = (x.index_select(0, pages).flatten(0, 1)[None] for x in (keys, values))
-        yield k[:, : stop - start], v[:, : stop - start]
 
 
 def _indices(pages: array) -> Tensor:

@@ -1,15 +1,16 @@
 """How ranks that all read the same tokens share a model, as inference needs it.
 
-Attention heads are cut over tp and experts over ep x etp, across all ranks. The ranks beyond tp
-(the axis dp_shard of the layout) repeat the attention of their tokens or share one long sequence
-(`linnet.parallel.long_context`). Every rank has the embedding, the norms and the LM head, and gets
-the same hidden states.
+Attention heads are cut over tp and experts over ep x etp, across all ranks. Ranks with the same
+heads (the axis dp_shard of the layout) share long chunks of tokens, and each page of keys and
+values (`linnet.parallel.spread_pages`). Every rank has the embedding, the norms and the LM head.
 """
 
 import math
 from dataclasses import replace
 
+from linnet.errors import ConfigError
 from linnet.model.config import ModelConfig
+from linnet.model.paged import PAGE_SIZE
 from linnet.parallel.layout import Layout
 
 
@@ -30,7 +31,7 @@ def inference_layout(
         tp: ranks that share the heads; None for as many as divide them.
         ep: ranks that share the experts; None for as many as divide them.
         etp: ranks that share the width of each expert; None for what ep leaves, if it divides it.
-        cp: ranks that share one long sequence; None for any number.
+        cp: ranks that share sequences, with the same heads; None for what tp leaves.
 
     Returns:
         Where `dp_shard` counts the ranks with the same heads.
@@ -49,6 +50,11 @@ def inference_layout(
         Layout.for_world(world_size, dp_shard=1, cp=cp, tp=tp)  # its error speaks of cp
     layout = Layout.for_world(world_size, tp=tp, ep=ep, etp=etp)
     layout.check_model(config)
+    if layout.dp_shard > PAGE_SIZE:
+        raise ConfigError(
+            f"{layout.dp_shard} ranks ({world_size} / tp = {tp}) cannot share pages of {PAGE_SIZE} "
+            "tokens"
+        )
     return layout
 
 

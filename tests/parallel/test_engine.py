@@ -132,12 +132,27 @@ def crowded(engine):
     return [answer.facts() for answer in answers]
 
 
-SCENARIOS = {function.__name__: function for function in (mixed, aborted, guessed, crowded)}
+def scored(engine):
+    """Probabilities of prompts' own tokens, of long chunks and short ones."""
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+    answers = [Answer(engine, prompt_of(n, length), params) for n, length in enumerate(LENGTHS)]
+    settle(engine)
+    facts = []
+    for answer in answers:
+        tokens, _, *others = answer.facts()
+        first, *scores = [x.logprob for update in answer.updates for x in update.prompt_logprobs]
+        assert first is None  # nothing comes before it
+        facts.append((tokens, scores, *others))
+    return facts
+
+
+SCENARIOS = {function.__name__: function for function in (mixed, aborted, guessed, crowded, scored)}
 SETTINGS = {
     "mixed": {"chunk_tokens": 48},
     "aborted": {"chunk_tokens": 64},
     "guessed": {"speculative_tokens": 3},
     "crowded": {"prefix_cache": False},
+    "scored": {"chunk_tokens": 48},
 }
 
 
@@ -179,6 +194,9 @@ LAYOUTS = {
     "experts": (2, {"tp": 1}),
     "four of each": (4, {}),
     "two and two": (4, {"tp": 2, "ep": 2}),
+    "prompts": (2, {"cp": 2}),
+    "prompts of three": (3, {"cp": 3, "ep": 1, "etp": 1}),
+    "prompts, heads and widths": (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
 }
 
 
@@ -195,7 +213,7 @@ def slow_but(*quick):
     return [pytest.param(name, marks=marks[name]) for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("layout", slow_but("heads and experts"))
+@pytest.mark.parametrize("layout", slow_but("heads and experts", "prompts"))
 def test_answers_are_those_of_one_process(ranks, folder, layout):
     size, sizes = LAYOUTS[layout]
     (facts, *_) = ranks(on_rank, size, folder, sizes, "mixed")
@@ -204,11 +222,12 @@ def test_answers_are_those_of_one_process(ranks, folder, layout):
     assert_same(facts, expected)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"cp": 2}], ids=str)
 @pytest.mark.parametrize(
-    "scenario", ["aborted", "guessed", pytest.param("crowded", marks=pytest.mark.slow)]
+    "scenario", ["aborted", "guessed", pytest.param("crowded", marks=pytest.mark.slow), "scored"]
 )
-def test_whatever_happens_the_ranks_stay_in_step(ranks, folder, scenario):
-    (facts, *_) = ranks(on_rank, 2, folder, {}, scenario)
+def test_whatever_happens_the_ranks_stay_in_step(ranks, folder, scenario, sizes):
+    (facts, *_) = ranks(on_rank, 2, folder, sizes, scenario)
     assert_same(facts, SCENARIOS[scenario](engine_of(linnet.load(folder, "float32"), scenario)))
 
 
@@ -355,6 +374,7 @@ def test_layout_takes_what_divides(heads, groups, experts, world, sizes, expecte
         (2, {"tp": 1, "cp": 3}, "cp=3 .* = 3 ranks; 2 were started"),
         (4, {"tp": 2, "cp": 4}, "= 8 ranks; 4 were started"),
         (3, {"cp": 3, "etp": 3}, "etp = 3 does not divide intermediate_size = 20"),
+        (65, {"tp": 1}, "65 ranks .65 / tp = 1. cannot share pages of 64 tokens"),
     ],
     ids=str,
 )

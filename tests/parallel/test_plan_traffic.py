@@ -1,6 +1,7 @@
 """The planner's volumes are the bytes that real processes receive."""
 
 import dataclasses
+from array import array
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.distributed as dist
 from linnet.model.attention import Context, LightningAttention, SoftmaxAttention
 from linnet.model.config import LIGHTNING
 from linnet.model.moe import Experts, dispatch_locally
+from linnet.model.paged import PagedMemory, Row
 from linnet.model.presets import preset
-from linnet.ops import cross_entropy, rotary_tables
+from linnet.ops import cross_entropy, rotary_tables, softmax_attention
 from linnet.ops.moe import Routing
 from linnet.parallel.apply import ParallelModel
 from linnet.parallel.exchange import StateExchange
@@ -21,6 +23,7 @@ from linnet.parallel.mesh import Mesh
 from linnet.parallel.plan.shape import stages_of
 from linnet.parallel.plan.training_volumes import replica_volumes, sharding_volumes
 from linnet.parallel.plan.volumes import (
+    answers_bytes,
     attention_reduce_bytes,
     collect_bytes,
     counts_bytes,
@@ -28,11 +31,13 @@ from linnet.parallel.plan.volumes import (
     key_exchange_bytes,
     lasp_bytes,
     norm_reduce_bytes,
+    split_chunk_bytes,
     widen_bytes,
 )
 from linnet.parallel.ring_attention import SoftmaxAcrossRanks
 from linnet.parallel.sequence import LightningAcrossRanks
 from linnet.parallel.split import split_row
+from linnet.parallel.spread_pages import PageShare, SplitRow, SpreadRows
 from linnet.parallel.tensor import share_heads
 from linnet.parallel.traffic import Traffic
 
@@ -78,6 +83,27 @@ def keys(group, mode):
     attend = SoftmaxAcrossRanks(group, mode)
     there, back = received(lambda: attend(q, k, v, cu_seqlens=torch.tensor([0, LENGTH])))
     return sum(there.values()), sum(back.values())
+
+
+def pages(group):
+    """Return what one softmax layer receives for a chunk after others, and for one token."""
+    share = PageShare(group)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2, attn_type_list=(1, 0))
+    memory = PagedMemory(config, 1, 4, torch.float32, page_len=share.page_len)
+    row = Row(0, array("q", range(4)), length=64)
+    counted = []
+    for tokens in (LENGTH, 1):
+        if tokens == 1:
+            rows, length = SpreadRows(share, memory, [row], [1], memory.device, [1]), 1
+        else:
+            rows = SplitRow(share, memory, row, tokens, num_wanted=1)
+            length = LENGTH // share.size
+        counts = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        q, k, v = (torch.randn(1, length, n, config.head_dim) for n in counts)
+        with Traffic() as traffic:
+            rows.attend(0, q, k, v, softmax_attention)
+        counted.append(traffic.total)
+    return tuple(counted)
 
 
 def heads(group, kind):
@@ -148,6 +174,14 @@ def test_states_of_lasp_are_as_many_bytes_as_planned(ranks, size, is_balanced):
 def test_keys_of_a_long_document_are_as_many_bytes_as_planned(ranks, size, mode):
     planned = key_exchange_bytes(CONFIG, Layout(cp=size), LENGTH // size, FP32)
     assert ranks(keys, size, mode) == [(planned, 2 * planned)] * size
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_chunks_and_tokens_of_inference_are_as_many_bytes_as_planned(ranks, size):
+    layout = Layout(cp=size)
+    chunk = split_chunk_bytes(CONFIG, layout, LENGTH // size, FP32)
+    expected = chunk, answers_bytes(CONFIG, layout, 1)
+    assert ranks(pages, size) == [expected] * size
 
 
 @pytest.mark.parametrize("size", [2, 4])

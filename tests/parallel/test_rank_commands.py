@@ -86,10 +86,10 @@ def test_ranks_without_a_launcher_are_refused(folder, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["told", "killed"])
-def test_server_over_ranks_answers_until_it_ends(folder, ending):
+@pytest.mark.parametrize(("axis", "ending"), [("tp", "told"), ("cp", "killed")])
+def test_server_over_ranks_answers_until_it_ends(folder, axis, ending):
     arguments = ["serve", folder, "--port", "0", "--max-model-len", "512", "--memory-gib", "0.1"]
-    process = torchrun(*arguments, "--tp", "2", "--ep", "2", "--dtype", "float32")
+    process = torchrun(*arguments, f"--{axis}", "2", "--ep", "2", "--dtype", "float32")
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(5)]
@@ -97,7 +97,7 @@ def test_server_over_ranks_answers_until_it_ends(folder, ending):
         with httpx2.Client(base_url=url, timeout=60) as http:
             answer = http.post("/v1/chat/completions", json=PROMPT).json()
         assert answer["usage"]["completion_tokens"] > 0
-        assert "ranks   2: tp 2, ep 2; memory is that of each\n" in lines
+        assert f"ranks   2: {axis} 2, ep 2; memory is that of each\n" in lines
         ranks = children(process)
         if ending == "told":
             process.send_signal(signal.SIGTERM)

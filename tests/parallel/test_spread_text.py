@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import linnet
 from linnet.infer import SamplingParams, stream_tokens
-from linnet.infer.spread_text import SpreadText
+from linnet.infer.ranks import EngineRanks
 from linnet.model import Model, ModelConfig
 from linnet.parallel.channel import HEAD_BYTES, Channel
 from linnet.parallel.inference import inference_layout
@@ -61,13 +61,13 @@ def on_rank(group, folder, sizes, length, params, chunk):
     layout = inference_layout(linnet.load(folder, device="meta").config, world, **sizes)
     mesh = Mesh(layout, dist.get_process_group_ranks(group))
     model = load_parallel(folder, mesh, torch.float32)
-    spread = SpreadText(model, mesh)
+    ranks = EngineRanks(model, mesh)
     if dist.get_rank(group):
-        return spread.follow()
+        return ranks.follow()
     try:
-        return list(stream_tokens(model, prompt_of(length), params, chunk, spread))
+        return list(stream_tokens(model, prompt_of(length), params, chunk, ranks))
     finally:
-        spread.close()
+        ranks.close()
 
 
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 200])

@@ -1,7 +1,7 @@
 """The time to the first token on a layout, and to each further one.
 
-A prompt is taken in by chunks; with cp, either keys and values travel or the queries do, whichever
-is less (`linnet.parallel.spread_keys`).
+A prompt is taken in by chunks; with cp, keys and values stay where they are, and queries travel
+(`linnet.parallel.spread_pages`).
 """
 
 import math
@@ -20,7 +20,6 @@ from linnet.parallel.plan.hardware import GIB, Cluster, Efficiency
 from linnet.parallel.plan.serving_memory import ServingJob, serving_memory, weight_bytes
 from linnet.parallel.plan.shape import (
     BF16,
-    FP32,
     Flops,
     Stage,
     expert_params,
@@ -29,9 +28,10 @@ from linnet.parallel.plan.shape import (
 )
 from linnet.parallel.plan.volumes import (
     Volume,
-    keys_bytes,
+    answers_bytes,
     layer_volumes,
     shared_tokens,
+    split_chunk_bytes,
 )
 
 REQUEST_TOKENS = 1024
@@ -132,12 +132,8 @@ def prefill_volumes(
     chunk = job.context / num_chunks / layout.cp
     volumes = [v.times(num_chunks) for v in layer_volumes(config, stage, layout, chunk)]
     if layout.cp > 1 and stage.num_softmax:
-        others = layout.cp - 1
-        # Of a chunk in the middle: all keys and values so far, or queries there and outputs back.
-        keys = others * keys_bytes(config, layout, job.context / 2 / layout.cp, job.keys_itemsize)
-        queries = others * chunk * config.inner_size / layout.tp * (BF16 + FP32)
-        moved = min(keys, queries) * stage.num_softmax * num_chunks
-        calls = stage.num_softmax * num_chunks * (others if keys < queries else 2)
+        moved = split_chunk_bytes(config, layout, chunk) * stage.num_softmax * num_chunks
+        calls = 3 * stage.num_softmax * num_chunks
         volumes.append(Volume("keys and values", "cp", moved, calls))
     if layout.pp > 1:
         boundary = chunk * config.hidden_size * BF16 * num_chunks
@@ -157,9 +153,8 @@ def _decode(
         compute = _decode_seconds(config, stage, layout, job, cluster, efficiency)
         own = [*layer_volumes(config, stage, layout, sequences, num_groups=1)]
         if layout.cp > 1 and stage.num_softmax:
-            row = config.inner_size / layout.tp * (BF16 + FP32)
-            moved = (layout.cp - 1) * sequences * row * stage.num_softmax
-            own.append(Volume("keys and values", "cp", moved, 2 * stage.num_softmax))
+            moved = answers_bytes(config, layout, sequences) * stage.num_softmax
+            own.append(Volume("keys and values", "cp", moved, stage.num_softmax))
         if layout.pp > 1:
             row = sequences * config.hidden_size * BF16
             own.append(Volume("between stages", "pp", row, 1, is_ring=False))

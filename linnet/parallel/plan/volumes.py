@@ -117,6 +117,24 @@ def counts_bytes(config: ModelConfig, layout: Layout, num_groups: int = 1) -> in
     return 8 * (layout.ep * layout.etp - 1) * num_groups * config.num_local_experts
 
 
+def answers_bytes(config: ModelConfig, layout: Layout, queries: float) -> float:
+    """Return what comes back for `queries` from pages that cp ranks share, in one softmax layer."""
+    row = (config.inner_size + config.num_attention_heads) / layout.tp * FP32
+    return (layout.cp - 1) * queries * row
+
+
+def split_chunk_bytes(
+    config: ModelConfig, layout: Layout, tokens: float, itemsize: int = BF16
+) -> float:
+    """Return what a rank's `tokens` of a chunk in the middle of a prompt bring, in a softmax layer.
+
+    New keys and values, and queries with their answers: what is in the pages does not travel.
+    """
+    queries = tokens * config.inner_size / layout.tp * itemsize
+    new = (layout.cp - 1) * (keys_bytes(config, layout, tokens, itemsize) + queries)
+    return new + answers_bytes(config, layout, tokens)
+
+
 def layer_volumes(
     config: ModelConfig,
     stage: Stage,
