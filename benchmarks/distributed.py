@@ -1,21 +1,23 @@
 """What ranks gain and what they exchange: a training step on 1 and P, LASP+ beside LASP, bytes.
 
-    python benchmarks/distributed.py [--only scaling lasp traffic] [--quick]
+    python benchmarks/distributed.py [--only scaling prefill lasp traffic] [--quick]
     torchrun --nproc-per-node 8 benchmarks/distributed.py
 
 Started plainly, it starts gloo processes of one thread each on this machine: 2 for the training
-step, 4 for the rest. Started by torchrun it takes that job's ranks for everything; with GPUs that
-means NCCL, a GPU per rank and bf16.
+step and the prompt, 4 for the rest. Started by torchrun it takes that job's ranks for everything;
+with GPUs that means NCCL, a GPU per rank and bf16.
 
 - scaling: forward, loss, backward and the sum of gradients over one row of 32,768 tokens that form
   one document, on rank 0 alone and on all ranks, in turn in one run.
+- prefill: a prompt of as many tokens through the engine's runner, on rank 0 alone and on all ranks,
+  which share the prompt and its keys and values.
 - lasp: the attention operator alone, forward and backward. Between gloo processes messages are
   delayed, which is an emulation of links: nothing arrives sooner than the delay after it was sent,
   and the bandwidth is that of memory. With NCCL the links are the machine's own.
 - traffic: bytes that a rank receives for one lightning layer, counted, beside the formula.
 
-Loss, gradients and both operators are compared with one process before anything is timed. Writes
-results/<device>/distributed.json; --quick runs small sizes and writes nothing.
+Loss, gradients, logits and both operators are compared with one process before anything is timed.
+Writes results/<device>/distributed.json; --quick runs small sizes and writes nothing.
 """
 
 import argparse
@@ -36,12 +38,23 @@ import torch
 import torch.distributed as dist
 from harness import RESULTS, device_name, machine_facts
 from lasp import Lasp
+from ranks import (
+    Values,
+    all_ranks,
+    dtype_on,
+    model_of,
+    over_ranks,
+    ratio,
+    say,
+    together,
+    within_tolerance,
+)
+from shared_prompt import prefill
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from linnet import ops
 from linnet.model import Model, preset
-from linnet.model.init import initialize
 from linnet.ops import cross_entropy, load_balancing_loss
 from linnet.ops.cross_entropy import IGNORE
 from linnet.parallel import collectives, exchange
@@ -52,21 +65,18 @@ from linnet.parallel.exchange import StateExchange
 from linnet.parallel.sequence import LightningAcrossRanks
 from linnet.parallel.split import split_row
 from linnet.parallel.traffic import Traffic
-from linnet.train.machine import compute_dtype, describe_machine
+from linnet.train.machine import describe_machine
 
-GLOO_RANKS = {"scaling": 2, "lasp": 4, "traffic": 4}
+GLOO_RANKS = {"scaling": 2, "prefill": 2, "lasp": 4, "traffic": 4}
 SPLITS = {"contiguous": False, "balanced": True}
 AUX_COEFFICIENT = 0.01
 DELAYS_MS = (0.0, 5.0, 20.0)
 HEADS, HEAD_DIM, LASP_TOKENS = 2, 64, 2048
 TRAFFIC_TOKENS = (4096, 8192, 16_384, 32_768)
-CPU_TOLERANCE = 1e-5  # fp32
-GPU_TOLERANCE = 1e-2  # fp32 tensors whose products run on tensor cores
 TIMEOUT = timedelta(hours=1)  # ranks wait while one of them computes alone
 
 Row = tuple[Tensor, Tensor, Tensor]
 """Tokens [1, T], targets [1, T] and the offsets of the documents."""
-Values = dict[str, Any]  # Any: as written to JSON
 
 
 def main() -> None:
@@ -75,9 +85,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=GLOO_RANKS, default=list(GLOO_RANKS))
-    parser.add_argument("--preset", default="nano", help="of the training step")
-    parser.add_argument("--tokens", type=int, default=32_768, help="of the training step's row")
-    parser.add_argument("--pairs", type=int, default=5, help="of training steps")
+    parser.add_argument("--preset", default="nano", help="of the training step and the prompt")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of the row, and of the prompt")
+    parser.add_argument("--pairs", type=int, default=5, help="of training steps, and of prompts")
     parser.add_argument("--repeats", type=int, default=20, help="of the operators, per delay")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")
     args = parser.parse_args()
@@ -138,7 +148,12 @@ def _process(rank: int, num_ranks: int, part: str, folder: Path, args: argparse.
 
 def measure(part: str, device: torch.device, args: argparse.Namespace) -> Values:
     """Return the values of one part; the same work on all ranks, figures of rank 0."""
-    functions = {"scaling": scaling, "lasp": lasp_plus_against_lasp, "traffic": traffic}
+    functions = {
+        "scaling": scaling,
+        "prefill": prefill,
+        "lasp": lasp_plus_against_lasp,
+        "traffic": traffic,
+    }
     return {"ranks": dist.get_world_size(), **functions[part](device, args)}
 
 
@@ -152,17 +167,6 @@ def save(values: Values, device: str, is_quick: bool) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | values, indent=2) + "\n")
     print(f"wrote {path}", flush=True)
-
-
-def say(text: str) -> None:
-    """Print on one rank."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """Return the dtype of activations: bf16 where the device multiplies it in hardware."""
-    return torch.bfloat16 if device.type == "cuda" else compute_dtype("auto")
 
 
 # --- the training step ---
@@ -227,12 +231,6 @@ def step(model: Model, parallel: ContextParallel | None, row: Row) -> Tensor:
         # Each rank has the value of the whole row's balancing loss.
         loss = nll + AUX_COEFFICIENT * aux / parallel.size
     return loss.detach()
-
-
-def model_of(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """Return the preset with the same random weights on all ranks."""
-    model = initialize(Model(preset(name), dtype), torch.Generator().manual_seed(0))
-    return model.to(device).train()
 
 
 def parallel_model(
@@ -445,55 +443,6 @@ def traffic(device: torch.device, args: argparse.Namespace) -> Values:
         "head_dim": HEAD_DIM,
         "formula": "(P - 1) H K V 4 bytes, received by a rank in each direction",
         "rows": rows,
-    }
-
-
-# --- common ---
-
-
-def within_tolerance(difference: float, device: torch.device) -> float:
-    """Return the largest difference of all ranks, or stop all of them."""
-    worst = over_ranks(difference, device)
-    if not worst <= (CPU_TOLERANCE if device.type == "cpu" else GPU_TOLERANCE):
-        raise SystemExit(f"results differ by {worst} from one process; nothing is timed")
-    return worst
-
-
-def all_ranks() -> dist.ProcessGroup:
-    """Return the group of all ranks."""
-    group = dist.group.WORLD
-    assert group is not None
-    return group
-
-
-def over_ranks(value: float, device: torch.device) -> float:
-    """Return the largest value of all ranks."""
-    largest = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return float(largest)
-
-
-def together(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds from when all ranks start to when all of them are done."""
-    dist.barrier()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter() - start
-
-
-def ratio(ours_s: list[float], theirs_s: list[float]) -> Values:
-    """Return medians and the median, smallest and largest of theirs / ours, as `compare` does."""
-    ratios = [b / a for a, b in zip(ours_s, theirs_s, strict=True)]
-    return {
-        "ours_s": statistics.median(ours_s),
-        "theirs_s": statistics.median(theirs_s),
-        "speedup": statistics.median(ratios),
-        "speedup_min": min(ratios),
-        "speedup_max": max(ratios),
-        "pairs": len(ratios),
     }
 
 

@@ -337,6 +337,19 @@ def distributed_rows(result: Result, source: str) -> Iterator[Row]:
                 source=source,
                 is_own=True,
             )
+    if prompt := result.get("prefill"):
+        ours, theirs = (prompt["tokens"] / prompt[f"{x}_s"] for x in ("ours", "theirs"))
+        yield Row(
+            name=f"{prompt['model']}, {prompt['dtype']}: prefill of {prompt['tokens']:,} tokens, "
+            f"{prompt['ranks']} ranks that share it against 1",
+            linnet=f"{ours:,.0f} tokens/s",
+            other=f"{theirs:,.0f} tokens/s, our own",
+            ratio=prompt["speedup"],
+            spread=spread(prompt),
+            target=None,
+            source=source,
+            is_own=True,
+        )
     lasp = result.get("lasp", {"rows": []})
     for row in lasp["rows"]:
         where = f"emulated links of {row['delay_ms']:g} ms, " if lasp["emulation"] else ""

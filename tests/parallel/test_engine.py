@@ -207,13 +207,22 @@ def assert_same(facts, expected):
         assert own[1] == pytest.approx(other[1], rel=1e-5, abs=1e-5)
 
 
-def slow_but(*quick):
-    """Return all layouts; the others take as long and seldom fail alone."""
-    marks = {name: () if name in quick else (pytest.mark.slow,) for name in LAYOUTS}
-    return [pytest.param(name, marks=marks[name]) for name in LAYOUTS]
+def slow_but(*quick, of=LAYOUTS):
+    """Return layouts; the others take as long and seldom fail alone."""
+    marks = {name: () if name in quick else (pytest.mark.slow,) for name in of}
+    return [pytest.param(name, marks=marks[name]) for name in of]
 
 
-@pytest.mark.parametrize("layout", slow_but("heads and experts", "prompts"))
+SERVING = (
+    "heads and experts",
+    "experts",
+    "prompts",
+    "prompts of three",
+    "prompts, heads and widths",
+)
+
+
+@pytest.mark.parametrize("layout", slow_but("heads and experts", "prompts", of=SERVING))
 def test_answers_are_those_of_one_process(ranks, folder, layout):
     size, sizes = LAYOUTS[layout]
     (facts, *_) = ranks(on_rank, size, folder, sizes, "mixed")

@@ -27,7 +27,7 @@ held_out = 0.2
 folder = "{out}/data"
 [train]
 total_tokens = {total}
-batch_tokens = 1200
+batch_tokens = {batch}
 micro_batch_tokens = 100
 seq_len = 100
 dtype = "float32"
@@ -58,10 +58,10 @@ def recipe(tmp_path):
         lines = [f"def f{number}_{i}(x):\n    return x * {i} + {number}\n" for i in range(12)]
         (corpus / f"m{number}.py").write_text("\n".join(lines))
 
-    def write(name: str, steps: int) -> Path:
+    def write(name: str, steps: int, batch: int = 1200) -> Path:
         path = tmp_path / f"{name}.toml"
-        total = 1200 * steps
-        path.write_text(RECIPE.format(name=name, out=tmp_path, source=corpus, total=total))
+        sizes = {"total": batch * steps, "batch": batch}
+        path.write_text(RECIPE.format(name=name, out=tmp_path, source=corpus, **sizes))
         return path
 
     return write
@@ -150,8 +150,8 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.timeout(600)
 def test_launcher_goes_on_after_a_killed_worker_and_then_with_fewer(recipe, tmp_path):
-    Trainer(Recipe.from_file(recipe("whole", 18)), show_progress=False).run()
-    path = recipe("killed", 18)
+    Trainer(Recipe.from_file(recipe("whole", 18, batch=400)), show_progress=False).run()
+    path = recipe("killed", 18, batch=400)
     killed = torchrun(path, 4, "--max-restarts", "2")
     try:
         wait_for_steps(tmp_path / "killed", 6)

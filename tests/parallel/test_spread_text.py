@@ -19,9 +19,6 @@ PARAMS = {
 }
 LAYOUTS = {
     "prompt": (3, {"cp": 3}),
-    "heads and experts": (2, {"tp": 2, "ep": 2}),
-    "prompt and experts": (2, {"cp": 2}),
-    "prompt, heads and experts": (4, {"cp": 2, "tp": 2}),
     "prompt, heads and widths": (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
 }
 
