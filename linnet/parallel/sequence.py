@@ -125,7 +125,7 @@ class _Attend(torch.autograd.Function):
         parts = zip(row.by_piece(o, q), entering, row.pieces, strict=True)
         for (own_o, own_q), state, piece in parts:
             seen = slice(piece.num_continued)
-            _add_from_before(own_o[seen], own_q[seen], state, decay, row.silu)
+            add_from_before(own_o[seen], own_q[seen], state, decay, row.silu)
         ctx.row = row
         ctx.save_for_backward(q, k, v, decay, offsets, entering)
         return o
@@ -188,7 +188,7 @@ def _sum_of_products(
     return total
 
 
-def _add_from_before(o: Tensor, q: Tensor, state: Tensor, decay: Tensor, silu: bool) -> None:
+def add_from_before(o: Tensor, q: Tensor, state: Tensor, decay: Tensor, silu: bool) -> None:
     """Add to o [n, H, V] what the state gives that enters before the first of these tokens."""
     for *block, weights in _fading(q, decay, backwards=False):
         queries = _active(q[*block], silu).mul_(weights).transpose(0, 1)  # [H, n, K]

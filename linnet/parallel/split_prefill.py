@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from linnet import ops
@@ -17,6 +16,7 @@ from linnet.model.attention import LightningAttention
 from linnet.model.transformer import Model
 from linnet.ops.lightning_attention import Activation, Backend
 from linnet.parallel.collectives import all_gather
+from linnet.parallel.sequence import add_from_before
 from linnet.parallel.spread_pages import SplitRow, padded
 
 
@@ -79,19 +79,13 @@ class _LightningPart:
         o, left = ops.lightning_attention(q, k, v, decay, backend=backend, activation=activation)
         assert left is not None
         coming = all_gather(left, self._group)
-        # Meanwhile: how much each query sees of what was before the part.
-        ages = torch.arange(1, q.shape[1] + 1, device=q.device, dtype=left.dtype)
-        weights = torch.exp(-ages[:, None] * decay.to(left.dtype))  # [T, H]
-        queries = F.silu(q[0]) if activation == "silu" else q[0]
-        # Denormal numbers would make the product several times slower on the CPU.
-        queries = queries.to(left.dtype) * F.threshold(weights, 1e-30, 0.0)[..., None]
         # As if one more part ended where the chunk starts.
         states, ends = torch.cat((initial_state, coming.wait())), self._bounds  # [P + 1, H, K, V]
         before = self._rank + 1
         entering = _state_at(ends[self._rank], states[:before], ends[:before], decay)
         after = _state_at(ends[-1], states, ends, decay)
-        earlier = torch.einsum("nhk,hkv->nhv", queries, entering)
-        return o + earlier.to(o.dtype)[None], after[None]
+        add_from_before(o[0], q[0], entering, decay.to(left.dtype), activation == "silu")
+        return o, after[None]
 
 
 def _state_at(place: int, states: Tensor, ends: Sequence[int], decay: Tensor) -> Tensor:
