@@ -40,13 +40,14 @@ def add_parser(verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate."""
     params, launch = sampling_params(args), launch_of(args)
+    if launch is not None and launch.rank:
+        return follow(load_over_ranks(args, launch))
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if launch is None:
-        return _write(args.prompt, load(args), params)
+        return _write(prompt, load(args), params)
     ranks = load_over_ranks(args, launch)
-    if launch.rank:
-        return follow(ranks)
     try:
-        return _write(args.prompt, ranks.model, params, ranks)
+        return _write(prompt, ranks.model, params, ranks)
     finally:
         ranks.close()
 
@@ -56,7 +57,6 @@ def _write(
 ) -> int:
     from linnet.infer import stream_text
 
-    prompt = sys.stdin.read() if prompt == "-" else prompt
     pieces = stream_text(model, prompt, params, ranks)
     sys.stdout.write(prompt)
     for piece in pieces:

@@ -2,19 +2,19 @@
 
 import argparse
 import signal
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from linnet.errors import ConfigError, LinnetError
 
 if TYPE_CHECKING:
-    import torch
-
     from linnet.infer import SamplingParams
     from linnet.infer.ranks import EngineRanks
     from linnet.model import Model
     from linnet.parallel.launch import Launch
-    from linnet.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 RANK_TIMEOUT = timedelta(minutes=10)
 """After which a rank that waits for another gives up."""
@@ -156,17 +156,33 @@ def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "EngineRanks"
         CheckpointError: its folder is missing or damaged.
         ConfigError: its config is wrong, or the ranks do not divide it.
     """
-    import torch.distributed as dist
-
     from linnet.infer.ranks import EngineRanks
-    from linnet.parallel.channel import ranks_where
+    from linnet.model.presets import config_of
+    from linnet.parallel.inference import inference_layout
     from linnet.parallel.launch import connect
+    from linnet.parallel.loading import load_parallel
+    from linnet.parallel.mesh import Mesh
+    from linnet.train.machine import compute_dtype
 
     device = connect(launch)
+    size, sizes = launch.world_size, _rank_sizes(args)
+    layout = _on_all(launch, lambda: inference_layout(config_of(args.model), size, **sizes))
+    mesh = Mesh(layout, device=device, timeout=RANK_TIMEOUT)
+    dtype = compute_dtype(args.dtype)
+    model = _on_all(launch, lambda: load_parallel(args.model, mesh, dtype, args.quantization))
+    return EngineRanks(model, mesh)
+
+
+def _on_all(launch: "Launch", build: Callable[[], T]) -> T:
+    """Return what `build` gives on each rank; where one fails, all end, and the first says why."""
+    import torch.distributed as dist
+
+    from linnet.parallel.channel import ranks_where
+
     result, failure = None, None
     try:
-        result = _load_part(args, launch, device)
-    except (LinnetError, ValueError, OSError) as error:
+        result = build()
+    except (LinnetError, ValueError, OSError, RuntimeError) as error:
         failure = error
     assert dist.group.WORLD is not None
     failed = ranks_where(failure is not None, dist.group.WORLD)
@@ -174,7 +190,7 @@ def load_over_ranks(args: argparse.Namespace, launch: "Launch") -> "EngineRanks"
         raise failure
     if failed or result is None:
         raise SystemExit(1)
-    return EngineRanks(*result)
+    return result
 
 
 def follow(ranks: "EngineRanks") -> int:
@@ -184,20 +200,6 @@ def follow(ranks: "EngineRanks") -> int:
         signal.signal(number, signal.SIG_IGN)
     ranks.follow()
     return 0
-
-
-def _load_part(
-    args: argparse.Namespace, launch: "Launch", device: "torch.device"
-) -> "tuple[Model, Mesh]":
-    from linnet.model.presets import config_of
-    from linnet.parallel.inference import inference_layout
-    from linnet.parallel.loading import load_parallel
-    from linnet.parallel.mesh import Mesh
-    from linnet.train.machine import compute_dtype
-
-    layout = inference_layout(config_of(args.model), launch.world_size, **_rank_sizes(args))
-    mesh = Mesh(layout, device=device, timeout=RANK_TIMEOUT)
-    return load_parallel(args.model, mesh, compute_dtype(args.dtype), args.quantization), mesh
 
 
 def _rank_sizes(args: argparse.Namespace) -> dict[str, int | None]:

@@ -96,7 +96,10 @@ def _add_engine(group) -> None:
         help="beside the weights, on each rank (default: a share of what is free)",
     )
     group.add_argument(
-        "--chunk-tokens", type=int, default=512, help="of prompts per step (default: %(default)s)"
+        "--chunk-tokens",
+        type=int,
+        default=512,
+        help="of prompts per step, for each rank of --cp (default: %(default)s)",
     )
     group.add_argument("--max-queued-requests", type=int, default=128, help="default: %(default)s")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt anew")

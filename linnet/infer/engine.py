@@ -27,7 +27,7 @@ from linnet.infer.spill import Spill
 from linnet.infer.text_output import TextOutput
 from linnet.infer.updates import FinishReason, Update
 from linnet.infer.vocabulary import Vocabulary
-from linnet.model.paged import PAGE_SIZE, PagedMemory
+from linnet.model.paged import PagedMemory
 from linnet.model.transformer import Model
 
 MAX_FAILURES = 3
@@ -51,7 +51,7 @@ class EngineSettings:
     memory_bytes: int | None = None
     """To use beside the weights; None for a share of what is free."""
     chunk_tokens: int = 512
-    """Prompt tokens in a step while others generate."""
+    """Prompt tokens in a step while others generate; of each rank that shares prompts."""
     max_queued_requests: int = 128
     max_queued_tokens: int = 4_000_000
     prefix_cache: bool = True
@@ -136,15 +136,17 @@ class Engine:
             raise EngineError(
                 "prefixes are not written to disk over several ranks; leave spill_folder out"
             )
+        num_parts = 1 if ranks is None else ranks.num_parts
+        chunk_tokens = settings.chunk_tokens * num_parts
         self.plan = make_plan(
             model,
             max_sequences=settings.max_sequences,
-            chunk_tokens=ALONE * settings.chunk_tokens,
+            chunk_tokens=ALONE * chunk_tokens,
             max_model_len=settings.max_model_len,
             memory_bytes=settings.memory_bytes,
             config=None if ranks is None else ranks.config,
             free=None if ranks is None else ranks.free_bytes,
-            page_len=PAGE_SIZE if ranks is None else ranks.page_len,
+            num_parts=num_parts,
         )
         self.max_model_len = self.plan.max_model_len
         ends = end_tokens(model)
@@ -158,7 +160,7 @@ class Engine:
             self._blocks,
             self._prefixes,
             max_sequences=settings.max_sequences,
-            chunk_tokens=settings.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             turn_ids=ends,
             speculative_tokens=settings.speculative_tokens,
             # Over ranks, what a preempted sequence had taken in is computed again.

@@ -108,6 +108,7 @@ def stream_tokens(
         ranks: as of `stream_text`.
 
     Raises:
+        MemoryPlanError: at once, if several ranks have no room for the text.
         ValueError: at once, for an empty prompt, a model in training mode, a chunk below 1 or a
             rule that the model cannot keep.
     """
@@ -121,9 +122,9 @@ def stream_tokens(
     chooser = Chooser(params, prompt, vocabulary)
     tokens = torch.tensor([list(prompt)], device=model.device)
     if ranks is not None:
-        spread = SpreadText(ranks, len(prompt) + params.max_tokens)
-        chunks = tokens.split(prefill_chunk * ranks.num_parts, 1)
-        return _decode(chunks, lambda chunk, _: spread.extend(chunk), chooser, params.max_tokens)
+        num_tokens = prefill_chunk * ranks.num_parts
+        spread = SpreadText(ranks, len(prompt) + params.max_tokens, num_tokens)
+        return _decode(tokens.split(num_tokens, 1), spread.extend, chooser, params.max_tokens)
     cache = model.new_cache()
     return _decode(
         tokens.split(prefill_chunk, 1),

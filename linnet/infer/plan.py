@@ -9,7 +9,7 @@ from linnet.errors import MemoryPlanError
 from linnet.model.config import SOFTMAX, ModelConfig
 from linnet.model.paged import PAGE_SIZE, SEGMENT_PAGES, pages_of
 from linnet.model.transformer import Model
-from linnet.ops.matmul import product_dtype
+from linnet.ops.matmul import product_dtype, wide_dtype
 
 SHARE_OF_FREE = 0.8
 """Of the free bytes, unless the caller names bytes."""
@@ -70,7 +70,7 @@ def make_plan(
     memory_bytes: int | None = None,
     config: ModelConfig | None = None,
     free: int | None = None,
-    page_len: int = PAGE_SIZE,
+    num_parts: int = 1,
 ) -> MemoryPlan:
     """Divide memory between states, keys and values, and workspace.
 
@@ -82,7 +82,7 @@ def make_plan(
         memory_bytes: to use; None for a share of what is free.
         config: with the heads that are here; None for the model's.
         free: bytes; None for what this process may still take.
-        page_len: tokens of each page that are here.
+        num_parts: ranks that share each page.
 
     Raises:
         MemoryPlanError: it does not fit; the message has the numbers.
@@ -90,8 +90,9 @@ def make_plan(
     config = config or model.config
     free = free_bytes(model.device) if free is None else free
     budget = int(SHARE_OF_FREE * free) if memory_bytes is None else memory_bytes
-    workspace = workspace_bytes(model, config, max_sequences, chunk_tokens)
-    slot, page = slot_bytes(config), page_bytes(config, model.compute_dtype, page_len)
+    workspace = workspace_bytes(model, config, max_sequences, chunk_tokens, num_parts)
+    slot = slot_bytes(config, model.compute_dtype)
+    page = page_bytes(config, model.compute_dtype, num_parts)
     needed = pages_of(max_model_len) if max_model_len else 1
     # Room for the longest request comes before room for kept prefixes.
     spare = budget - workspace - max_sequences * slot - needed * page
@@ -121,21 +122,22 @@ def make_plan(
     )
 
 
-def slot_bytes(config: ModelConfig) -> int:
-    """Return the bytes of the fp32 states of one sequence."""
+def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the states of one sequence: fp32, or fp64 of an fp64 model."""
     num_lightning = sum(kind != SOFTMAX for kind in config.attn_type_list)
-    return 4 * num_lightning * config.num_attention_heads * config.head_dim**2
+    per_layer = config.num_attention_heads * config.head_dim**2
+    return wide_dtype(dtype).itemsize * num_lightning * per_layer
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype, page_len: int = PAGE_SIZE) -> int:
-    """Return the bytes of one page of keys and values in all softmax layers."""
+def page_bytes(config: ModelConfig, dtype: torch.dtype, num_parts: int = 1) -> int:
+    """Return the bytes of a rank's part of a page of keys and values in all softmax layers."""
     num_softmax = sum(kind == SOFTMAX for kind in config.attn_type_list)
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return page_len * num_softmax * per_token
+    return -(-PAGE_SIZE // num_parts) * num_softmax * per_token
 
 
 def workspace_bytes(
-    model: Model, config: ModelConfig, max_sequences: int, chunk_tokens: int
+    model: Model, config: ModelConfig, max_sequences: int, chunk_tokens: int, num_parts: int = 1
 ) -> int:
     """Return an upper estimate of the bytes that one step allocates beside the memory."""
     dtype = model.compute_dtype
@@ -147,10 +149,14 @@ def workspace_bytes(
     per_token = 12 * config.hidden_size + 8 * config.inner_size + expert_rows
     attending = 4 * (config.hidden_size + config.inner_size)
     segment = 2 * SEGMENT_PAGES * PAGE_SIZE * kv * (dtype.itemsize + wide)
+    # Each rank finds something for each query in its part of the pages.
+    answers = 0 if num_parts == 1 else (num_parts + 1) * (config.inner_size + config.head_dim) * 4
     logits = 3 * max_sequences * config.vocab_size * 4
-    states = 2 * max_sequences * slot_bytes(config)
+    states = 2 * max_sequences * slot_bytes(config, dtype)
     # The experts do not run while a past is gathered.
-    layer = max(chunk_tokens * per_token * wide, chunk_tokens * attending * wide + segment)
+    layer = max(
+        chunk_tokens * per_token * wide, chunk_tokens * (attending * wide + answers) + segment
+    )
     return layer + logits + states
 
 

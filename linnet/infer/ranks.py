@@ -24,7 +24,7 @@ from linnet.errors import EngineError
 from linnet.infer.plan import free_bytes
 from linnet.infer.runner import Chunk, Runner, Step
 from linnet.infer.spread_runner import SpreadRunner
-from linnet.model.paged import PAGE_SIZE, Extract, PagedMemory, Row
+from linnet.model.paged import Extract, PagedMemory, Row
 from linnet.model.transformer import Model
 from linnet.parallel.channel import Channel
 from linnet.parallel.inference import local_config
@@ -53,8 +53,6 @@ class EngineRanks:
         self.model = model
         self.config, self._layout = local_config(model.config, mesh.layout), mesh.layout
         self._share = PageShare(mesh.group("dp_shard"))
-        self.page_len = -(-PAGE_SIZE // self._share.size)
-        """Tokens of a page on the ranks that keep most of them."""
         group = mesh.group("world")
         self.free_bytes = _least_free_bytes(model.device, group)
         self._channel = Channel(group)

@@ -31,7 +31,7 @@ class Chunk:
     """Whether `Step.commit` may be told to forget the tokens."""
 
 
-class Committed(Protocol):
+class Uncommitted(Protocol):
     """Sequences whose new states wait for being kept; see `PackedRows.commit`."""
 
     def commit(self, keep: Sequence[bool]) -> None:
@@ -45,10 +45,10 @@ class Step:
     def __init__(self, num_chunks: int) -> None:
         self.logits = [torch.empty(0)] * num_chunks
         """[num_logits, vocab] fp32 on the CPU for each chunk, in the order of the chunks."""
-        self._packed: list[tuple[Committed, list[int]]] = []
+        self._packed: list[tuple[Uncommitted, list[int]]] = []
         self._rows: list[Row] = []
 
-    def add_packed(self, rows: Committed, places: list[int]) -> None:
+    def add_packed(self, rows: Uncommitted, places: list[int]) -> None:
         """Note sequences whose new states wait for `commit`, and the places of their chunks."""
         self._packed.append((rows, places))
 

@@ -26,13 +26,19 @@ class SpreadRunner(Runner):
         memory: with this rank's share of each page.
         share: which that is.
         reads_logits: as of `Runner`.
+        min_part_len: a chunk of fewer tokens for each rank is not split.
     """
 
     def __init__(
-        self, model: Model, memory: PagedMemory, share: PageShare, reads_logits: bool = True
+        self,
+        model: Model,
+        memory: PagedMemory,
+        share: PageShare,
+        reads_logits: bool = True,
+        min_part_len: int = MIN_PART_LEN,
     ) -> None:
         super().__init__(model, memory, reads_logits)
-        self._share = share
+        self._share, self._min_part_len = share, min_part_len
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Step:
@@ -47,7 +53,7 @@ class SpreadRunner(Runner):
         return step
 
     def _is_long(self, chunk: Chunk) -> bool:
-        return len(chunk.tokens) >= self._share.size * MIN_PART_LEN and not chunk.is_draft
+        return len(chunk.tokens) >= self._share.size * self._min_part_len and not chunk.is_draft
 
     def _run_split(self, chunk: Chunk, place: int, step: Step) -> None:
         num_tokens, num_logits = len(chunk.tokens), chunk.num_logits

@@ -10,6 +10,11 @@ Heads come first here: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V].
 import torch
 from torch import Tensor
 
+from linnet.ops.matmul import wide
+
+BLOCK_SCORES = 1 << 26
+"""Scores that are formed at a time where no kernel returns the sums: 256 MiB in fp32."""
+
 Part = tuple[Tensor, Tensor]
 """Attention [B, H, T, V] over some of the keys, and the log of its exponentials' sum [B, H, T]."""
 
@@ -74,8 +79,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
             q, k, v, 0.0, is_causal, scale=scale
         )
         return o, log_sum
-    scores = _scores(q, k, is_causal, scale)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    rows = max(1, BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = []
+    for start in range(0, max(1, q.shape[2]), rows):
+        scores = _scores(q[:, :, start : start + rows], k, is_causal, scale, start)
+        log_sum = scores.logsumexp(-1)
+        weights = torch.exp(scores - log_sum[..., None])
+        parts.append(((weights @ v.to(weights.dtype)).to(v.dtype), log_sum))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([x for _, x in parts], 2)
 
 
 def _flash_backward(
@@ -94,17 +105,20 @@ def _flash_backward(
         )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     weights = torch.exp(_scores(q, k, is_causal, scale) - log_sum[..., None])
-    through = grad @ v.transpose(-1, -2) - (grad * o).sum(-1, keepdim=True)
+    own_grad, dtype = wide(grad), q.dtype
+    through = own_grad @ wide(v).mT - (own_grad * wide(o)).sum(-1, keepdim=True)
     dscores = weights * through * factor
-    return dscores @ k, dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+    gradients = dscores @ wide(k), dscores.mT @ wide(q), weights.mT @ own_grad
+    return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
 
 
-def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float | None, start: int = 0) -> Tensor:
+    """Return wide scores of queries, of which the first one has the place `start`."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q @ k.transpose(-1, -2) * factor
+    scores = wide(q) @ wide(k).mT * factor
     if not is_causal:
         return scores
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(start)
     return scores.masked_fill(~visible, float("-inf"))
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from linnet.errors import CheckpointError
 from linnet.parallel.placement import Box
@@ -39,35 +39,40 @@ Parts = Mapping[str, tuple[Tensor, Box]]
 """By name: what this rank has, shaped as the box, and where it lies in the whole."""
 
 
-def save_parts(
-    folder: Path, parts: Parts, group: dist.ProcessGroup | None, in_background: bool = False
-) -> "Future[Any]":
-    """Write the parts of all ranks; each rank of the group calls this.
+class Writing:
+    """Files that are being written."""
+
+    def __init__(self, folder: Path, files: "Future[Any]") -> None:
+        self._folder, self._files = folder, files
+
+    def done(self) -> bool:
+        """Return whether all ranks have written theirs, or failed."""
+        return self._files.done()
+
+    def wait(self) -> None:
+        """Return when the files of all ranks are written.
+
+        Raises:
+            CheckpointError: a file of any rank cannot be written.
+        """
+        try:
+            self._files.result()
+        except (CheckpointException, SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot write {self._folder}: {_reason(error)}") from None
+
+
+def save_parts(folder: Path, parts: Parts, group: dist.ProcessGroup) -> Writing:
+    """Begin to write copies of the parts of all ranks; each rank of the group calls this.
 
     Args:
         folder: to be filled; the same for all ranks.
         parts: of this rank; parts that several ranks have are written once.
-        group: the ranks, with a group of their own if the writing goes on in the background.
-        in_background: copy the tensors and return; else return when all is written.
-
-    Returns:
-        A future that is done when the files of all ranks are written.
-
-    Raises:
-        CheckpointError: a file cannot be written (raised by the future if in the background).
+        group: the ranks, used for nothing else until all is written.
     """
     state = {name: _Part.of(*part) for name, part in parts.items() if part[0].numel()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    options: dict[str, Any] = {"storage_writer": writer, "process_group": group}
-    if in_background:
-        saving = async_save(state, async_stager=_CopyParts(), **options)
-        return cast("Future[Any]", saving)
-    done: Future[Any] = Future()
-    try:
-        done.set_result(save(state, no_dist=group is None, **options))
-    except (CheckpointException, OSError) as error:
-        raise CheckpointError(f"cannot write {folder}: {_reason(error)}") from None
-    return done
+    files = async_save(state, storage_writer=writer, process_group=group, async_stager=_CopyParts())
+    return Writing(folder, cast("Future[Any]", files))
 
 
 class SavedParts:

@@ -17,7 +17,7 @@ from linnet.model.transformer import Model
 from linnet.ops.lightning_attention import Activation, Backend
 from linnet.parallel.collectives import all_gather
 from linnet.parallel.sequence import add_from_before
-from linnet.parallel.spread_pages import SplitRow, padded
+from linnet.parallel.spread_pages import SplitRow, in_order, padded
 
 
 def run_split(model: Model, tokens: Sequence[int], row: SplitRow, num_wanted: int) -> Tensor:
@@ -37,13 +37,11 @@ def run_split(model: Model, tokens: Sequence[int], row: SplitRow, num_wanted: in
     """
     share, chunk = row.share, torch.tensor([list(tokens)], device=model.device)
     with _lightning_split(model, _LightningPart(share.group, row.bounds)):
-        hidden = model.continue_part(chunk, row.part, row, row.wanted)  # [1, T_r or 1, D]
+        hidden = model.continue_part(chunk, row.part, row, row.wanted)  # [1, W, D]
     if not num_wanted:
-        return hidden[0, :0]
-    if row.is_last_alone:
-        return all_gather(hidden, share.group).wait()[-1]
-    every = all_gather(padded(hidden, max(row.lengths)), share.group).wait()
-    return row.in_order(every)[-num_wanted:]
+        return hidden[0]
+    every = all_gather(padded(hidden, max(row.num_read)), share.group).wait()
+    return in_order(every, row.num_read)[-num_wanted:]
 
 
 class _LightningPart:

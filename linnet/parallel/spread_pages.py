@@ -115,9 +115,9 @@ class SplitRow:
         self.lengths = [stop - start for start, stop in itertools.pairwise(self.bounds)]
         self.part = slice(*self.bounds[share.rank : share.rank + 2])
         """Those of this rank."""
-        self.is_last_alone = num_wanted <= 1
-        """Whether each rank reads its last token: no rank may leave out the experts of the last
-        layer, which might wait for it."""
+        self.num_read = [num_wanted] * share.size if num_wanted <= 1 else self.lengths
+        """Of how many tokens of its part each rank reads the hidden states. One for all: no rank
+        may leave out the experts of the last layer, which might wait for it."""
         device = memory.device
         positions = torch.arange(row.length, row.length + num_tokens, device=device)
         self._own, self._places = share.own(positions % PAGE_SIZE)
@@ -127,10 +127,11 @@ class SplitRow:
         self._new_states: dict[int, Tensor] = {}
 
     @property
-    def wanted(self) -> Tensor | None:
-        """[1] int64 index of this rank's last token; None if all tokens are read."""
-        last = self.part.stop - self.part.start - 1
-        return self._positions.new_tensor([last]) if self.is_last_alone else None
+    def wanted(self) -> Tensor:
+        """[W] int64 indices of the tokens of the part whose hidden states are read: the last."""
+        stop = self.part.stop - self.part.start
+        first = stop - self.num_read[self.share.rank]
+        return torch.arange(first, stop, device=self._positions.device)
 
     def positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """Return the positions [1, T_r] of the tokens that run here."""
@@ -154,11 +155,11 @@ class SplitRow:
         memory, share, row = self._memory, self.share, self._row
         longest = max(self.lengths)
         coming = all_gather(padded(torch.stack((k[0], v[0]), 1)[None], longest), share.group)
-        # Its own tensors cannot tell a rank how many queries the others have.
-        is_one = self.is_last_alone and layer == len(memory.kinds) - 1
+        # Of the last layer nobody reads more.
+        is_last = layer == len(memory.kinds) - 1
+        num_queries = max(self.num_read if is_last else self.lengths)
         found = None
-        if row.length:
-            num_queries = 1 if is_one else longest
+        if row.length and num_queries:
             # [P, W, H, K] of all ranks, as heads of one sequence
             asked = all_gather(padded(q, num_queries), share.group).wait()
             part = _attend_past(
@@ -168,17 +169,15 @@ class SplitRow:
             answers = _packed(part)[0].transpose(0, 1).unflatten(0, (share.size, num_queries))
             each = [1] * share.size
             found = all_to_all(answers, each, each, share.group)  # [P, W, H, K + 1]
-        every = self.in_order(coming.wait())[None]
+        every = in_order(coming.wait(), self.lengths)[None]
         memory.write(layer, self._pages, self._places, *every[:, self._own].unbind(2))
+        if not num_queries:
+            return q
         new_k, new_v = every[:, : self.part.stop].unbind(2)
         part = _attend_new(q.transpose(1, 2), new_k, new_v)
         if found is not None:
             part = _joined(part, found.wait()[:, : q.shape[1]].transpose(1, 2).split(1))
         return part[0].transpose(1, 2).to(v.dtype)
-
-    def in_order(self, parts: Tensor) -> Tensor:
-        """Return what the ranks have of the new tokens, [P, padded, ...], as [T, ...]."""
-        return torch.cat([part[:n] for part, n in zip(parts, self.lengths, strict=True)])
 
     def commit(self, keep: Sequence[bool]) -> None:
         """Replace the states and count the tokens, if they are kept."""
@@ -233,3 +232,8 @@ def _wide(part: Part) -> Part:
 def padded(x: Tensor, length: int) -> Tensor:
     """Return x [1, T, ...] with zeros up to a length that is the same on all ranks."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1]))
+
+
+def in_order(parts: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return what the ranks have, padded to one length [P, T, ...], one after the other."""
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

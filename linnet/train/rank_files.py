@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from linnet.errors import CheckpointError
 from linnet.parallel.apply import ParallelModel
-from linnet.parallel.checkpoint import SavedParts, save_parts
+from linnet.parallel.checkpoint import SavedParts, Writing, save_parts
 from linnet.parallel.export import export_files
 from linnet.parallel.filling import FromFolder
 from linnet.storage import publish_folder
@@ -31,7 +30,7 @@ from linnet.train.sharded import SHARDED, is_sharded, load_moments_of_one, load_
 class _Saving(NamedTuple):
     """A checkpoint that is being written."""
 
-    files: "Future[Any]"
+    files: Writing
     staging: Path
     target: Path
     keep_last: int
@@ -55,7 +54,7 @@ class RankFiles:
 
     def save(self, folder: Path, progress: Progress, keep_last: int) -> None:
         """Begin to write a checkpoint; the one before must have its name first."""
-        self.finish_saving(waits=True)
+        self.finish_saving()
         note_random_state(progress)
         target = folder / f"step_{progress.step:08d}"
         staging = folder / f".{target.name}.tmp"
@@ -67,22 +66,29 @@ class RankFiles:
             (staging / "state.json").write_text(state)
         dist.barrier(self._group)
         parts = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
-        files = save_parts(staging / SHARDED, parts, self._group, in_background=True)
+        files = save_parts(staging / SHARDED, parts, self._group)
         self._saving = _Saving(files, staging, target, keep_last)
 
-    def finish_saving(self, waits: bool) -> None:
-        """Give a checkpoint that is written its name; with `waits`, when it is written."""
-        saving = self._saving
-        if saving is None or not (waits or saving.files.done()):
+    def is_saving(self) -> bool:
+        """Return whether a checkpoint has no name yet, the same on all ranks."""
+        return self._saving is not None
+
+    def is_written(self) -> bool:
+        """Return whether this rank knows that its files are written, or cannot be."""
+        return self._saving is not None and self._saving.files.done()
+
+    def finish_saving(self) -> None:
+        """Give a checkpoint its name when it is written."""
+        if self._saving is None:
             return
-        self._saving = None
-        try:
-            saving.files.result()
-            if self._is_main:
+        saving, self._saving = self._saving, None
+        saving.files.wait()
+        if self._is_main:
+            try:
                 publish_folder(saving.staging, saving.target)
                 drop_old(saving.target.parent, saving.keep_last)
-        except Exception as error:
-            raise CheckpointError(f"cannot save {saving.target}: {error}") from None
+            except OSError as error:
+                raise CheckpointError(f"cannot save {saving.target}: {error}") from None
 
     @torch.no_grad()
     def load(self, checkpoint: Path) -> Progress:
@@ -104,7 +110,7 @@ class RankFiles:
 
     def export(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Write the finished model: each rank some of its files, from parts on disk."""
-        self.finish_saving(waits=True)
+        self.finish_saving()
         staging = folder.with_name(f".{folder.name}.tmp")
         parts = folder.with_name(f".{folder.name}.parts")
         if self._is_main:
@@ -114,7 +120,7 @@ class RankFiles:
         dist.barrier(self._group)
         weights = parts_of(self.parallel.parameters, self.parallel.boxes, self.optimizer)
         weights = {name: part for name, part in weights.items() if name.startswith("model/")}
-        save_parts(parts, weights, self._group)
+        save_parts(parts, weights, self._group).wait()
         rank, size = dist.get_rank(), dist.get_world_size()
         export_files(SavedParts(parts), self.parallel.config, staging, torch.float32, rank, size)
         dist.barrier(self._group)

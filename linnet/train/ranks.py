@@ -266,7 +266,9 @@ class ManyRanks:
 
     def finish_saving(self, waits: bool) -> None:
         """Give a checkpoint that is written its name; with `waits`, when it is written."""
-        self._files.finish_saving(waits)
+        # A rank that stopped at a failure while others took a step would leave these waiting.
+        if waits or (self._files.is_saving() and self.any(self._files.is_written())):
+            self._files.finish_saving()
 
     def load(self, checkpoint: Path) -> Progress:
         """Go on from a checkpoint, of any number of processes."""

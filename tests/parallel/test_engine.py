@@ -11,6 +11,7 @@ import torch.distributed as dist
 import linnet
 from linnet.errors import ConfigError, EngineError, MemoryPlanError
 from linnet.infer import Engine, EngineSettings, SamplingParams
+from linnet.infer.plan import make_plan
 from linnet.infer.ranks import EngineRanks
 from linnet.model import Model, ModelConfig
 from linnet.parallel.inference import inference_layout
@@ -238,6 +239,20 @@ def test_answers_are_those_of_one_process(ranks, folder, layout):
 def test_whatever_happens_the_ranks_stay_in_step(ranks, folder, scenario, sizes):
     (facts, *_) = ranks(on_rank, 2, folder, sizes, scenario)
     assert_same(facts, SCENARIOS[scenario](engine_of(linnet.load(folder, "float32"), scenario)))
+
+
+def test_ranks_that_share_pages_hold_more_tokens():
+    model = Model(config_of())
+    sizes = {"max_sequences": 2, "chunk_tokens": 64, "max_model_len": 5000, "memory_bytes": 10**8}
+    whole, half, third = (make_plan(model, **sizes, num_parts=parts) for parts in (1, 2, 3))
+    token = 2 * 2 * 4 * 8 * 4  # two layers, keys and values of four groups, fp32
+    assert [plan.page_bytes for plan in (whole, half, third)] == [
+        64 * token,
+        32 * token,
+        22 * token,
+    ]
+    assert whole.slot_bytes == half.slot_bytes and whole.num_pages == half.num_pages
+    assert half.kv_bytes < whole.kv_bytes and half.workspace_bytes > whole.workspace_bytes
 
 
 def hidden_on_rank(group, folder, sizes, tokens, quantization=None):

@@ -179,7 +179,7 @@ def test_keys_of_a_long_document_are_as_many_bytes_as_planned(ranks, size, mode)
 @pytest.mark.parametrize("size", [2, 4])
 def test_chunks_and_tokens_of_inference_are_as_many_bytes_as_planned(ranks, size):
     layout = Layout(cp=size)
-    chunk = split_chunk_bytes(CONFIG, layout, LENGTH // size, FP32)
+    chunk = sum(split_chunk_bytes(CONFIG, layout, LENGTH // size, FP32))
     expected = chunk, answers_bytes(CONFIG, layout, 1)
     assert ranks(pages, size) == [expected] * size
 

@@ -6,10 +6,9 @@ from array import array
 import pytest
 import torch
 
-from linnet.infer import spread_runner
 from linnet.infer.runner import Chunk
 from linnet.infer.spread_runner import SpreadRunner
-from linnet.model import Model, ModelConfig
+from linnet.model import Model, ModelConfig, paged
 from linnet.model.paged import PAGE_SIZE, PagedMemory, Row
 from linnet.parallel.spread_pages import PageShare
 from linnet.parallel.traffic import Traffic
@@ -56,7 +55,6 @@ class Sequences:
     """Some sequences on the ranks of a group, with pages one after the other in turn."""
 
     def __init__(self, model, group, num_rows=1, num_pages=40, min_part_len=1):
-        spread_runner.MIN_PART_LEN = min_part_len
         share = PageShare(group)
         dtype = model.compute_dtype
         self.memory = PagedMemory(
@@ -68,7 +66,7 @@ class Sequences:
         ]
         for row in self.rows:
             self.memory.clear(row.slot)
-        self.runner = SpreadRunner(model, self.memory, share)
+        self.runner = SpreadRunner(model, self.memory, share, min_part_len=min_part_len)
 
     def extend(self, tokens, num_logits=1):
         """Let the first sequence take in tokens [1, T]; return logits [1, num_logits, vocab]."""
@@ -118,6 +116,21 @@ def test_any_order_of_layers_will_do(ranks, pattern):
     chunks = CHUNKS["short between long"]
     results = ranks(on_rank, 3, chunks, torch.float32, pattern)
     assert_same(results, whole(chunks, torch.float32, pattern), 1e-5)
+
+
+def segmented_on_rank(group, chunks):
+    """Gather the past from two pages at a time."""
+    segment = paged.SEGMENT_PAGES
+    paged.SEGMENT_PAGES = 2
+    try:
+        return on_rank(group, chunks)
+    finally:
+        paged.SEGMENT_PAGES = segment
+
+
+def test_past_of_many_segments(ranks):
+    chunks = [300, 1, 70, 33]
+    assert_same(ranks(segmented_on_rank, 3, chunks), whole(chunks), 1e-5)
 
 
 def mixed_on_rank(group, plan):
@@ -223,13 +236,13 @@ def test_bf16_keys_stay_bf16(ranks):
             assert (own - single).norm() < 0.03 * single.norm()
 
 
-def traffic_on_rank(group, pattern, lengths):
+def traffic_on_rank(group, pattern, lengths, num_logits=1):
     """Return what is received for each of several chunks, and then for one token."""
     sequences = Sequences(model_of(pattern=pattern), group, min_part_len=2)
     counted = []
     for length in (*lengths, 1):
         with Traffic() as traffic:
-            sequences.extend(prompt_of(length))
+            sequences.extend(prompt_of(length), num_logits)
         counted.append(dict(traffic.received))
     return counted
 
@@ -266,6 +279,19 @@ def test_one_query_of_each_rank_travels_in_the_last_layer(ranks):
     others, answer = 3, HEADS * (DIM + 1) * 4
     for counted in ranks(traffic_on_rank, 4, (0, 1), [43, 17]):
         assert counted[1]["all_to_all"] == others * answer
+
+
+@pytest.mark.parametrize("pattern", [(0, 1), (1, 0)], ids=str)
+def test_nothing_travels_for_tokens_of_the_last_layer_that_nobody_reads(ranks, pattern):
+    part, others = 10, 3
+    keys, queries, answers = 2 * GROUPS * DIM * 4, HEADS * DIM * 4, HEADS * (DIM + 1) * 4
+    state = HEADS * DIM * DIM * 4
+    expected = {"all_gather": others * (part * keys + state)}
+    if pattern[0]:
+        expected["all_gather"] += others * part * queries
+        expected["all_to_all"] = others * part * answers
+    for counted in ranks(traffic_on_rank, 4, pattern, [80, 4 * part], 0):
+        assert counted[1] == expected
 
 
 def refused_on_rank(group):

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import linnet
+from linnet.errors import MemoryPlanError
 from linnet.infer import SamplingParams, stream_tokens
 from linnet.infer.ranks import EngineRanks
 from linnet.model import Model, ModelConfig
@@ -18,6 +19,7 @@ PARAMS = {
     "drawn": SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True),
 }
 LAYOUTS = {
+    "heads and experts": (2, {"tp": 2, "ep": 2}),
     "prompt": (3, {"cp": 3}),
     "prompt, heads and widths": (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
 }
@@ -75,6 +77,25 @@ def test_text_is_that_of_one_process(ranks, folder, params, layout, length):
     (tokens, *_) = ranks(on_rank, size, folder, sizes, length, PARAMS[params], 32)
     model = linnet.load(folder, "float32")
     assert tokens == list(stream_tokens(model, prompt_of(length), PARAMS[params]))
+
+
+def too_long_on_rank(group, folder):
+    layout = inference_layout(linnet.load(folder, device="meta").config, 2, cp=2)
+    mesh = Mesh(layout, dist.get_process_group_ranks(group))
+    ranks = EngineRanks(load_parallel(folder, mesh, torch.float32), mesh)
+    if dist.get_rank(group):
+        return ranks.follow()
+    params = SamplingParams(max_tokens=10**10)
+    try:
+        with pytest.raises(MemoryPlanError, match="10,000,000,0"):
+            stream_tokens(ranks.model, prompt_of(3), params, ranks=ranks)
+        return "refused"
+    finally:
+        ranks.close()
+
+
+def test_text_without_room_is_refused_before_anything_is_allocated(ranks, folder):
+    assert ranks(too_long_on_rank, 2, folder) == ["refused", None]
 
 
 def echoed(group, messages):

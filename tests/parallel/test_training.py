@@ -1,5 +1,8 @@
 """Whole runs on many ranks: the loss curve of one process, resumed on any number of ranks."""
 
+import resource
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -264,6 +267,29 @@ def other_data(group, tables):
 def test_rank_that_reads_other_data_stops_all(ranks, recipe_in):
     for text in ranks(other_data, 4, recipe_in("other-data", {"tp": 2})):
         assert text == ("step 1: ranks 3 read other tokens of row 1 than rank 2; their data differ")
+
+
+def full_on_rank(group, tables):
+    """Train where this rank alone cannot write files of more than some bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if dist.get_rank(group) == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        return train(group, tables)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_of_one_rank_stops_all_with_one_line(ranks, recipe_in):
+    tables = recipe_in("full")
+    for message in ranks(full_on_rank, 2, tables):
+        assert message.startswith("cannot write ") and "\n" not in message
+        assert "rank 1: " in message and "File too large" in message
+    assert list_checkpoints(Recipe.from_dict(tables).folder / "checkpoints") == []
 
 
 def test_checkpoint_without_the_file_of_a_rank_is_refused(ranks, recipe_in):

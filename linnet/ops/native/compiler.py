@@ -4,6 +4,7 @@ The library goes to the user's cache folder under a name that holds a hash of th
 and the compiler, so a changed source or torch never meets a stale library.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -11,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -86,24 +89,43 @@ def build(level: Level) -> Path:
     """
     compiler = _compiler()
     command = [compiler, *_COMMON_FLAGS, *_FLAGS[level]]
-    inputs = [*map(str, sorted(SOURCES.glob("*.cpp"))), *_openmp_library()]
-    path = _cache_folder() / f"kernels-{level}-{_fingerprint(command, inputs)}.so"
-    if path.exists():
-        return path
-    logger.warning("compiling the native CPU kernels for %s, once (under a minute)", level)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # A name of its own and a rename: two processes that build at once do not meet.
+    openmp = _openmp_library()
+    path = _cache_folder() / f"kernels-{level}-{_fingerprint([*command, *openmp])}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(path.with_suffix(".lock")):
+            if not path.exists():  # nobody built it while this process waited
+                logger.warning(
+                    "compiling the native CPU kernels for %s, once (about a minute)", level
+                )
+                sources = map(str, sorted(SOURCES.glob("*.cpp")))
+                _compile(command, [*sources, *openmp], path)
+    return path
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait for other processes, such as the ranks of this machine; the system lets go at a kill."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            logger.info("%s cannot be locked; several processes may compile", lock)
+        yield
+
+
+def _compile(command: list[str], inputs: list[str], path: Path) -> None:
+    # A name of its own and a rename: a process that is killed leaves no half library.
     handle, partial = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         done = subprocess.run([*command, "-o", partial, *inputs], capture_output=True, text=True)
         if done.returncode:
             first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr[:200])
-            raise BuildError(f"{compiler} failed: {first.strip()}")
+            raise BuildError(f"{command[0]} failed: {first.strip()}")
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
-    return path
 
 
 def _cpu_features() -> set[str]:
@@ -129,11 +151,13 @@ def _openmp_library() -> list[str]:
     return [str(path) for path in sorted(folder.glob("libgomp*.so*"))[:1]]
 
 
-def _fingerprint(command: list[str], inputs: list[str]) -> str:
+def _fingerprint(command: list[str]) -> str:
+    """Hash what the library depends on, but not where it lies: clones share what one compiled."""
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\0".join([*command, *inputs, version]).encode())
+    names = [Path(word).name for word in command]
+    digest = hashlib.sha256("\0".join([*names, version]).encode())
     for path in sorted(SOURCES.iterdir()):
-        digest.update(path.read_bytes())
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

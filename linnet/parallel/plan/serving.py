@@ -1,7 +1,7 @@
 """The time to the first token on a layout, and to each further one.
 
-A prompt is taken in by chunks; with cp, keys and values stay where they are, and queries travel
-(`linnet.parallel.spread_pages`).
+A prompt is taken in by chunks; with cp, keys and values that are kept do not move, and queries
+travel (`linnet.parallel.spread_pages`).
 """
 
 import math
@@ -132,8 +132,9 @@ def prefill_volumes(
     chunk = job.context / num_chunks / layout.cp
     volumes = [v.times(num_chunks) for v in layer_volumes(config, stage, layout, chunk)]
     if layout.cp > 1 and stage.num_softmax:
-        moved = split_chunk_bytes(config, layout, chunk) * stage.num_softmax * num_chunks
-        calls = 3 * stage.num_softmax * num_chunks
+        new, past = split_chunk_bytes(config, layout, chunk)
+        moved = stage.num_softmax * (num_chunks * new + (num_chunks - 1) * past)
+        calls = stage.num_softmax * (num_chunks + 2 * (num_chunks - 1))
         volumes.append(Volume("keys and values", "cp", moved, calls))
     if layout.pp > 1:
         boundary = chunk * config.hidden_size * BF16 * num_chunks

@@ -97,4 +97,8 @@ def _chunk_bytes(
     largest = max(max(activation_bytes(config, kind, layout, tokens)) for kind in kinds)
     logits = 2 * FP32 * sequences * config.vocab_size * (stage.head > 0)
     widened = BF16 * expert_params(config) / layout.etp * (job.weights != "bf16")
-    return largest + 2 * tokens * config.hidden_size * BF16 + logits + widened
+    # Each rank holds the queries of all ranks, and fp32 answers three times.
+    looked_up = 0.0
+    if layout.cp > 1 and stage.num_softmax:
+        looked_up = layout.cp * tokens * config.inner_size / layout.tp * (BF16 + 3 * FP32)
+    return max(largest, looked_up) + 2 * tokens * config.hidden_size * BF16 + logits + widened

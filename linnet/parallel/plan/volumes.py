@@ -125,14 +125,16 @@ def answers_bytes(config: ModelConfig, layout: Layout, queries: float) -> float:
 
 def split_chunk_bytes(
     config: ModelConfig, layout: Layout, tokens: float, itemsize: int = BF16
-) -> float:
-    """Return what a rank's `tokens` of a chunk in the middle of a prompt bring, in a softmax layer.
+) -> tuple[float, float]:
+    """Return what a rank's `tokens` of a chunk bring in one softmax layer; pages do not travel.
 
-    New keys and values, and queries with their answers: what is in the pages does not travel.
+    Returns:
+        New keys and values; and if there is a past, queries and their answers.
     """
-    queries = tokens * config.inner_size / layout.tp * itemsize
-    new = (layout.cp - 1) * (keys_bytes(config, layout, tokens, itemsize) + queries)
-    return new + answers_bytes(config, layout, tokens)
+    others = layout.cp - 1
+    queries = others * tokens * config.inner_size / layout.tp * itemsize
+    new = others * keys_bytes(config, layout, tokens, itemsize)
+    return new, queries + answers_bytes(config, layout, tokens)
 
 
 def layer_volumes(
