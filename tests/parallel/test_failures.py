@@ -150,13 +150,13 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.timeout(600)
 def test_launcher_goes_on_after_a_killed_worker_and_then_with_fewer(recipe, tmp_path):
-    Trainer(Recipe.from_file(recipe("whole", 18, batch=400)), show_progress=False).run()
-    path = recipe("killed", 18, batch=400)
+    Trainer(Recipe.from_file(recipe("whole", 10, batch=400)), show_progress=False).run()
+    path = recipe("killed", 10, batch=400)
     killed = torchrun(path, 4, "--max-restarts", "2")
     try:
         wait_for_steps(tmp_path / "killed", 6)
         os.kill(children(killed)[1], signal.SIGKILL)
-        wait_for_steps(tmp_path / "killed", 12)
+        wait_for_steps(tmp_path / "killed", 8)
     finally:
         killed.send_signal(signal.SIGTERM)
         finish(killed)
@@ -165,6 +165,6 @@ def test_launcher_goes_on_after_a_killed_worker_and_then_with_fewer(recipe, tmp_
     losses = [
         [row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "killed")
     ]
-    assert len(losses[0]) == 18
+    assert len(losses[0]) == 10
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["complete"]

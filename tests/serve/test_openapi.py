@@ -108,4 +108,4 @@ def test_answers_are_as_documented(document, small, operation):
 def test_no_request_makes_the_document_wrong(document, small, operation, mode):
     if mode == GenerationMode.NEGATIVE and operation.startswith("GET"):
         pytest.skip("without a body, every request is a valid one")
-    fuzz(document, small.url, operation, mode, examples=60)
+    fuzz(document, small.url, operation, mode, examples=30)

@@ -97,6 +97,10 @@ def write_toml(path: Path, recipe) -> None:
     path.write_text("\n".join(lines))
 
 
+def lines_in(folder):
+    return len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
 @pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, tmp_path):
     long = {"total_tokens": 128 * 60, "save_every": 5, "eval_every": 20, "threads": 1}
@@ -116,8 +120,8 @@ def test_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, tmp_path):
             stderr=subprocess.DEVNULL,
         )
         # Killed while training or saving, not while importing: wait for a new line of metrics.
-        before = len(read_metrics(killed.folder)) if killed.folder.exists() else 0
-        while process.poll() is None and len(read_metrics(killed.folder)) <= before:
+        before = lines_in(killed.folder)
+        while process.poll() is None and lines_in(killed.folder) <= before:
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.4))
         if process.poll() is not None:
@@ -294,11 +298,11 @@ def test_bf16_computation_keeps_fp32_master_weights(recipe):
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_do_not_grow_memory(recipe):
-    train = {"total_tokens": 64 * 2000, "batch_tokens": 64, "save_every": 500, "eval_every": 500}
+def test_a_thousand_steps_do_not_grow_memory(recipe):
+    train = {"total_tokens": 64 * 1000, "batch_tokens": 64, "save_every": 250, "eval_every": 250}
     trainer = run(recipe(train=train))
     rows = read_metrics(trainer.folder)
-    early = max(row["memory/rss_bytes"] for row in rows if 600 <= row["step"] <= 1100)
-    late = max(row["memory/rss_bytes"] for row in rows if row["step"] > 1500)
-    assert rows[-1]["step"] == 2000
-    assert late - early < 8 * 2**20, f"grew by {(late - early) / 2**20:.1f} MiB"
+    early = max(row["memory/rss_bytes"] for row in rows if 300 <= row["step"] <= 550)
+    late = max(row["memory/rss_bytes"] for row in rows if row["step"] > 750)
+    assert rows[-1]["step"] == 1000
+    assert late - early < 4 * 2**20, f"grew by {(late - early) / 2**20:.1f} MiB"

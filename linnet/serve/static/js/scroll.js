@@ -9,6 +9,8 @@ const NEAR_PX = 48;
 export function followEnd(area, button) {
   let isFollowing = false;
   let lastTop = 0;
+  /** Where the page itself has scrolled to. */
+  let ownTop = -1;
 
   function distance() {
     return area.scrollHeight - area.scrollTop - area.clientHeight;
@@ -17,11 +19,24 @@ export function followEnd(area, button) {
   area.addEventListener(
     "scroll",
     () => {
+      const top = area.scrollTop;
       // Only a move upwards is the reader's wish; the page itself moves only down.
-      if (area.scrollTop < lastTop - 1 && distance() > 1) isFollowing = false;
-      if (distance() < NEAR_PX && area.scrollTop >= lastTop) isFollowing = true;
-      lastTop = area.scrollTop;
+      if (top < lastTop - 1 && distance() > 1) {
+        isFollowing = false;
+        ownTop = -1;
+      } else if (top !== ownTop && top >= lastTop && distance() < NEAR_PX) {
+        isFollowing = true;
+      }
+      lastTop = top;
       button.hidden = isFollowing || distance() < NEAR_PX;
+    },
+    { passive: true },
+  );
+  // Where text comes faster than events, the page would have moved down again before `scroll`.
+  area.addEventListener(
+    "wheel",
+    (event) => {
+      if (event.deltaY < 0 && area.scrollTop > 0) isFollowing = false;
     },
     { passive: true },
   );
@@ -43,8 +58,10 @@ export function followEnd(area, button) {
 
   /** Shows the end if the reader is there. */
   function follow() {
-    if (isFollowing) area.scrollTop = area.scrollHeight;
-    else button.hidden = distance() < NEAR_PX;
+    if (isFollowing) {
+      area.scrollTop = area.scrollHeight;
+      ownTop = area.scrollTop;
+    } else button.hidden = distance() < NEAR_PX;
   }
 
   return { jump, release, follow };
