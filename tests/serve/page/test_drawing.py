@@ -191,8 +191,9 @@ def test_drawing_takes_time_in_proportion_to_length(page, unit):
                 while (!view.show(text, true));
                 return performance.now() - start;
             };
+            const best = (length) => Math.min(time(length), time(length));
             time(50_000);
-            return [time(100_000), time(400_000)];
+            return [best(100_000), best(400_000)];
         }""",
         unit,
     )
