@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import RESULTS, device_name, machine_facts
+from harness import RESULTS, device_name, machine_facts, ratio
 from lasp import Lasp
 from ranks import (
     Values,
@@ -44,7 +44,6 @@ from ranks import (
     dtype_on,
     model_of,
     over_ranks,
-    ratio,
     say,
     together,
     within_tolerance,

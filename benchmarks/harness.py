@@ -31,6 +31,11 @@ def compare(
     for _ in range(pairs):
         ours_s.append(_seconds(ours))
         theirs_s.append(_seconds(theirs))
+    return ratio(ours_s, theirs_s)
+
+
+def ratio(ours_s: list[float], theirs_s: list[float]) -> dict[str, float]:
+    """Return the medians of seconds in pairs, and the median, smallest and largest ratio."""
     ratios = [b / a for a, b in zip(ours_s, theirs_s, strict=True)]
     return {
         "ours_s": statistics.median(ours_s),
@@ -38,7 +43,7 @@ def compare(
         "speedup": statistics.median(ratios),
         "speedup_min": min(ratios),
         "speedup_max": max(ratios),
-        "pairs": pairs,
+        "pairs": len(ratios),
     }
 
 

@@ -1,6 +1,5 @@
 """What the benchmarks of several ranks share: one clock, one verdict, the same model."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,16 +65,3 @@ def together(function: Callable[[], object], device: torch.device) -> float:
         torch.cuda.synchronize()
     dist.barrier()
     return time.perf_counter() - start
-
-
-def ratio(ours_s: list[float], theirs_s: list[float]) -> Values:
-    """Return medians and the median, smallest and largest of theirs / ours, as `compare` does."""
-    ratios = [b / a for a, b in zip(ours_s, theirs_s, strict=True)]
-    return {
-        "ours_s": statistics.median(ours_s),
-        "theirs_s": statistics.median(theirs_s),
-        "speedup": statistics.median(ratios),
-        "speedup_min": min(ratios),
-        "speedup_max": max(ratios),
-        "pairs": len(ratios),
-    }

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from harness import ratio
 from ranks import (
     Values,
     all_ranks,
     dtype_on,
     model_of,
-    ratio,
     say,
     together,
     within_tolerance,

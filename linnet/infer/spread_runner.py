@@ -15,7 +15,7 @@ from linnet.parallel.split_prefill import run_split
 from linnet.parallel.spread_pages import PageShare, SplitRow, SpreadRows
 
 MIN_PART_LEN = 16
-"""Tokens per rank under which splitting a chunk costs more in states than it saves in products."""
+"""Tokens per rank under which a chunk is not split, to save the exchange of states; a guess."""
 
 
 class SpreadRunner(Runner):

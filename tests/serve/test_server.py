@@ -337,7 +337,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine, serve, dr
         assert other.get("/ready").json() == {"status": "draining"}
         assert other.get("/ready").status_code == 503 and other.get("/health").status_code == 200
         assert running.result().json()["usage"]["completion_tokens"] == 300
-        address.thread.join(20)
+        address.thread.join(5)
         assert not address.thread.is_alive()
 
 
